@@ -1,0 +1,57 @@
+# make quickstart   set everything up, then show the main job on a small trained model
+# make test         the tests
+# make check        formatting, lint, types, import order; `make style` mends the first two
+#
+# Everything goes into $(VENV). Overridable: PYTHON (3.11 or newer), VENV, TORCH. On a machine
+# without an NVIDIA GPU this saves gigabytes:
+#   make quickstart TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= $(shell cat constraints.txt)
+
+BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip --disable-pip-version-check --quiet
+TORCH_PIN = $(VENV)/torch.txt
+BENCHMARKS = $(filter-out benchmarks/harness.py, $(wildcard benchmarks/*.py))
+
+.DELETE_ON_ERROR:
+.PHONY: quickstart test check style docs bench clean
+
+quickstart: $(VENV)/test.stamp
+	$(BIN)/python examples/quickstart.py
+
+test: $(VENV)/test.stamp
+	$(BIN)/python -m pytest
+
+check: $(VENV)/dev.stamp
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+style: $(VENV)/dev.stamp
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+docs: $(VENV)/docs.stamp
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+bench: $(VENV)/test.stamp
+	set -e; for script in $(BENCHMARKS); do $(BIN)/python $$script; done
+
+# What the tools left; the environment stays.
+clean:
+	rm -rf site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find src tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+
+# Torch first, and then the package under the torch that is there: pip must not choose another.
+$(TORCH_PIN): constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "haq needs Python 3.11 or newer, this is " + sys.version.split()[0] + ". Say which: make quickstart PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install $(TORCH)
+	$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $@
+
+$(VENV)/%.stamp: $(TORCH_PIN) pyproject.toml
+	$(PIP) install --constraint $(TORCH_PIN) --editable ".[$*]"
+	touch $@
