@@ -1,0 +1,1 @@
+"""The number format and its arithmetic. Knows nothing of models."""

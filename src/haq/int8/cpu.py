@@ -1,0 +1,140 @@
+"""The int8 products of the CPU: fbgemm, oneDNN and ``torch._int_mm``, all shipped inside torch.
+
+x86 multiplies *unsigned* by signed bytes (``vpdpbusd``), so both fast libraries want activations in
+[0, 255]. They get q + 128 and take the surplus, 128 times the sum of the weight's row, off again in
+int32: nothing is lost, and the symmetric grid stays what the rest of the library sees.
+
+Both offer more than is asked of them. fbgemm's operator would also divide by a scale and round, but
+it rounds ``x * (1 / scale) + 128`` in float32, which sends values near a tie to the other integer
+(3 in 100 000 of them for bfloat16 inputs). So it is given integers, which rounding cannot change.
+oneDNN's would take signed activations, but without AMX by a reference kernel, 300 times slower.
+"""
+
+import contextlib
+import threading
+import warnings
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from haq.int8.reference import PlainWeight
+
+_ZERO_POINT = 128
+
+
+class FbgemmWeight:
+    """A weight in fbgemm's layout: the fastest product for few tokens, and good for many."""
+
+    backend = "fbgemm"
+
+    def __init__(self, weight: Tensor, scale: Tensor) -> None:
+        quantized = _quantized_tensor(weight, scale)
+        with _fbgemm_engine():
+            self._packed = torch.ops.quantized.linear_prepack(quantized, None)
+        # The operator "quantizes" its float32 input, multiplies, and returns float32.
+        self._linear = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
+
+    def product(self, rounded: Tensor) -> Tensor:
+        product: Tensor = self._linear(rounded, 1.0, _ZERO_POINT, self._packed)
+        return product
+
+    def unpack(self) -> Tensor:
+        quantized, _ = torch.ops.quantized.linear_unpack(self._packed)
+        integers: Tensor = quantized.int_repr()
+        return integers
+
+
+class OneDnnWeight:
+    """A weight in oneDNN's layout."""
+
+    backend = "onednn"
+
+    def __init__(self, weight: Tensor, scale: Tensor) -> None:
+        self._packed = torch.ops.onednn.qlinear_prepack(weight, None)
+        self._scale = scale.flatten()
+        self._zeros = torch.zeros(len(weight), dtype=torch.int32)
+        self._linear = torch.ops.onednn.qlinear_pointwise.default
+
+    def product(self, rounded: Tensor) -> Tensor:
+        product: Tensor = self._linear(
+            rounded.add_(_ZERO_POINT).to(torch.uint8),
+            1.0,  # scale and zero point of the input
+            _ZERO_POINT,
+            self._packed,
+            self._scale,  # scale and zero point of the weight
+            self._zeros,
+            None,  # bias
+            1.0,  # scale and zero point of the output
+            0,
+            torch.float32,
+            "none",  # what to do after the product
+            [],
+            "",
+        )
+        return product
+
+    def unpack(self) -> Tensor:
+        transposed: Tensor = self._packed.to_dense()  # [K, N] int8
+        return transposed.t().contiguous()
+
+
+def pack_for_int_mm(weight: Tensor, scale: Tensor) -> PlainWeight:
+    """Weight int8 ``[N, K]`` and scale float32 ``[N, 1]``, multiplied by ``torch._int_mm``."""
+    return PlainWeight("int_mm", weight, scale, _int_mm)
+
+
+def _int_mm(a: Tensor, b: Tensor) -> Tensor:
+    # Where a side is 1 its stride means nothing, yet this operator believes it, and leaves the
+    # result unwritten if it looks impossible (pytorch issue 195066). So it is shown fresh strides.
+    columns = a.shape[1]
+    a = a.as_strided(a.shape, (columns, 1))
+    b = b.view(1, -1) if columns == 1 else b.as_strided(b.shape, (columns, 1)).t()  # [K, N]
+    return torch._int_mm(a, b)
+
+
+def _quantized_tensor(weight: Tensor, scale: Tensor) -> Tensor:
+    """The quantized tensor type that fbgemm packs from; nothing else in the library uses it."""
+    zero_points = torch.zeros(len(weight), dtype=torch.int64)
+    return torch._make_per_channel_quantized_tensor(
+        weight, scale.flatten().double(), zero_points, axis=0
+    )
+
+
+_ENGINE_LOCK = threading.Lock()
+
+
+@contextlib.contextmanager
+def _fbgemm_engine() -> Iterator[None]:
+    """Make torch pack for fbgemm, whatever engine the process has chosen for its own models.
+
+    The engine is one global of the process, left alone where it is right already, as it is by
+    default on x86.
+    """
+    with _ENGINE_LOCK:
+        chosen = torch.backends.quantized.engine
+        if chosen in ("x86", "fbgemm"):
+            yield
+            return
+        torch.backends.quantized.engine = "fbgemm"
+        try:
+            yield
+        finally:
+            torch.backends.quantized.engine = chosen
+
+
+def _spend_deprecation_warning() -> None:
+    """Let torch say, once and to nobody, that its quantized tensors are deprecated.
+
+    torch warns at the first quantized tensor of a process. A user of this library can do nothing
+    about it; when torch removes them, fbgemm fails its proof and the next backend takes over. Done
+    at import, because ``catch_warnings`` changes the filters of all threads while it is active.
+    """
+    with warnings.catch_warnings(), contextlib.suppress(AttributeError, RuntimeError):
+        warnings.simplefilter("ignore")
+        _quantized_tensor(
+            torch.zeros(1, 1, dtype=torch.int8, device="cpu"), torch.ones(1, 1, device="cpu")
+        )
+
+
+_spend_deprecation_warning()

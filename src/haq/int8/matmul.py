@@ -1,0 +1,274 @@
+"""One exact W8A8 product: which backend computes it, whether it can be trusted, and why.
+
+    y[t, n] = (sum over k of q_x[t, k] * q_w[n, k]) * s_w[n] * s_x[t] + bias[n]
+
+The integers are those of :mod:`haq.int8.grid`, their sum is exact in int32, the rest is float32 in
+this order, and the result is cast to the input's dtype. All backends give the same bits, and so
+does a token alone and in a batch.
+
+A fast kernel can be wrong without saying so: without VNNI, some add pairs of products in int16,
+where they saturate. So no backend is believed. Each is compared with int64 arithmetic on extreme
+integers before its first use in a process, and is passed over if a single one differs.
+
+A weight has the layout of the backend that packed it, and exists once. The choice is therefore made
+when it is packed, and one backend serves every number of tokens.
+"""
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import astuple, dataclass
+
+import torch
+from torch import Tensor
+
+from haq.int8 import cpu, cuda, grid, reference
+from haq.int8.reference import PackedWeight
+
+MAX_IN_FEATURES = (2**31 - 1) // (127 * 128)
+"""Longer sums could leave int32: 132 104."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A way to compute the product.
+
+    Attributes:
+        name: what ``HAQ_BACKEND`` and :func:`use_backend` call it.
+        device_type: the kind of device it runs on; None for every kind.
+        pack: weight int8 ``[N, K]`` and scale float32 ``[N, 1]`` to a packed weight.
+    """
+
+    name: str
+    device_type: str | None
+    pack: Callable[[Tensor, Tensor], PackedWeight]
+
+    def runs_on(self, device_type: str) -> bool:
+        return self.device_type in (None, device_type)
+
+
+BACKENDS = (
+    Backend("fbgemm", "cpu", cpu.FbgemmWeight),
+    Backend("onednn", "cpu", cpu.OneDnnWeight),
+    Backend("int_mm", "cpu", cpu.pack_for_int_mm),
+    Backend("int_mm", "cuda", cuda.PaddedWeight),
+    Backend("reference", None, reference.pack),
+)
+"""In order of preference: the first exact one that runs on the weight's device packs it."""
+
+
+def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """The W8A8 product of this module's formula: every token is given its scale as it arrives.
+
+    Args:
+        x: float ``[..., K]``.
+        weight: packed ``[N, K]``.
+        bias: float32 ``[N]``.
+
+    Returns:
+        ``[..., N]``, dtype of ``x``. A token that holds NaN gives NaN, in its own row only.
+
+    Example:
+        >>> weight = pack(torch.tensor([[127, 0], [1, 1]], dtype=torch.int8), torch.ones(2, 1))
+        >>> linear(torch.tensor([[127.0, 2.4]]), weight)
+        tensor([[16129.,   129.]])
+    """
+    # Eager torch pays microseconds per operation, as much as the product of a small weight itself:
+    # this is the shortest chain that keeps the grid's integers.
+    tokens = x.reshape(-1, x.shape[-1]).contiguous()  # [T, K]
+    if tokens.dtype == torch.float64:
+        tokens = tokens.float()
+    scale = grid.row_scale(tokens)  # [T, 1] float32
+    rounded = (tokens / scale).round_()  # [T, K] float32, the integers of grid.quantize
+    product = weight.product(rounded).mul_(scale)  # [T, N] float32
+    if bias is not None:
+        product.add_(bias)
+    return product.to(x.dtype).view(*x.shape[:-1], product.shape[-1])
+
+
+def pack(weight: Tensor, scale: Tensor) -> PackedWeight:
+    """Lay out a weight for the best backend of its device, or for the one that was asked for.
+
+    Args:
+        weight: int8 ``[N, K]``, contiguous. -128 is computed with correctly, though the grid does
+            not use it: checkpoints of other tools contain it.
+        scale: float32 ``[N, 1]``, on the same device.
+
+    Returns:
+        The packed weight. It may share memory with ``weight`` and ``scale``.
+
+    Raises:
+        ValueError: a backend of an unknown name was asked for.
+        RuntimeError: the backend that was asked for does not run on this device or is not exact.
+    """
+    if weight.is_meta:  # Nothing to compute with yet: the shape waits for its numbers.
+        return reference.pack(weight, scale)
+    return _choose(weight.device.type).pack(weight, scale)
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Pack weights for one backend inside a ``with`` block, in this thread; for tests and reports.
+
+    The environment variable ``HAQ_BACKEND`` does the same for a whole process. Weights that are
+    packed already keep their layout.
+
+    Args:
+        name: of a backend, see :func:`backends`.
+
+    Raises:
+        ValueError: the name is unknown.
+
+    Example:
+        >>> with use_backend("reference"):
+        ...     pack(torch.ones(1, 1, dtype=torch.int8), torch.ones(1, 1)).backend
+        'reference'
+    """
+    token = _asked_here.set(_known(name, "`name`"))
+    try:
+        yield
+    finally:
+        _asked_here.reset(token)
+
+
+_asked_here: ContextVar[str | None] = ContextVar("asked_here", default=None)
+
+
+def _asked_for() -> str | None:
+    here = _asked_here.get()
+    if here is not None:
+        return here
+    name = os.environ.get("HAQ_BACKEND")
+    return _known(name, "The environment variable HAQ_BACKEND") if name else None
+
+
+def _known(name: str, source: str) -> str:
+    names = list(dict.fromkeys(backend.name for backend in BACKENDS))
+    if name not in names:
+        raise ValueError(f"{source} must be one of {', '.join(names)}; got {name!r}.")
+    return name
+
+
+def _choose(device_type: str) -> Backend:
+    """The backend that was asked for, else the first exact one."""
+    asked = _asked_for()
+    reasons = []
+    for backend in BACKENDS:
+        if backend.runs_on(device_type) and asked in (None, backend.name):
+            verdict = _verdict(backend, device_type)
+            if verdict.exact:
+                return backend
+            reasons.append(verdict.reason)
+    if asked is None:
+        raise RuntimeError(f"No int8 product is exact on {device_type!r} devices: {reasons}.")
+    reason = reasons[0] if reasons else f"it does not run on {device_type!r} devices"
+    raise RuntimeError(f"The int8 backend {asked!r} was asked for and cannot be used: {reason}.")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a backend's proof found on one kind of device; ``reason`` says why it is not used."""
+
+    available: bool
+    exact: bool
+    reason: str
+
+
+_proof_lock = threading.Lock()
+_verdicts: dict[tuple[str, str], Verdict] = {}
+
+
+def _verdict(backend: Backend, device_type: str) -> Verdict:
+    """The verdict on ``backend``, proved at the first call of the process."""
+    with _proof_lock:
+        key = (backend.name, device_type)
+        if key not in _verdicts:
+            _verdicts[key] = _prove(backend, torch.device(device_type))
+        return _verdicts[key]
+
+
+def _prove(backend: Backend, device: torch.device) -> Verdict:
+    try:
+        difference = reference.difference(backend.pack, device)
+    except (AttributeError, RuntimeError) as error:  # no such operator, or none for this device
+        first_line = str(error).strip().partition("\n")[0]
+        return Verdict(available=False, exact=False, reason=f"not available here: {first_line}")
+    return Verdict(available=True, exact=not difference, reason=difference)
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """What is known about one backend on one kind of device.
+
+    Attributes:
+        name: what ``HAQ_BACKEND`` calls it.
+        device: the kind of device.
+        available: whether this torch, on this machine, has it.
+        exact: whether it proved exact.
+        tokens: the numbers of tokens it serves: "all" or "none".
+        reason: why it serves none; empty if it serves all.
+    """
+
+    name: str
+    device: str
+    available: bool
+    exact: bool
+    tokens: str
+    reason: str
+
+
+class BackendTable(tuple[BackendStatus, ...]):
+    """The status of every backend; prints as a table."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        head = ("backend", "device", "available", "exact", "tokens", "why not")
+        lines = [head, *(tuple(map(_cell, astuple(status))) for status in self)]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+            for line in lines
+        )
+
+    __repr__ = __str__
+
+
+def backends() -> BackendTable:
+    """Which products this machine has, which of them are exact, which one is used and why.
+
+    Example:
+        >>> next(status.exact for status in backends() if status.name == "reference")
+        True
+    """
+    device_types = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    return BackendTable(status for device_type in device_types for status in _statuses(device_type))
+
+
+def _statuses(device_type: str) -> Iterator[BackendStatus]:
+    try:
+        chosen = _choose(device_type)
+        why_another = f"{chosen.name} " + ("was asked for" if _asked_for() else "comes first")
+    except RuntimeError:  # What was asked for cannot be used: that is what the table is to tell.
+        chosen = None
+        why_another = f"{_asked_for()} was asked for"
+    for backend in BACKENDS:
+        if backend.runs_on(device_type):
+            verdict = _verdict(backend, device_type)
+            used = backend is chosen
+            yield BackendStatus(
+                name=backend.name,
+                device=device_type,
+                available=verdict.available,
+                exact=verdict.exact,
+                tokens="all" if used else "none",
+                reason=verdict.reason or ("" if used else why_another),
+            )
+
+
+def _cell(value: str | bool) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return value
