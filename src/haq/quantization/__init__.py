@@ -1,0 +1,1 @@
+"""From float weights to int8 weights: text, scales, Hessian, rounding, block after block."""
