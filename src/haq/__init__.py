@@ -1,0 +1,34 @@
+"""Int8 weights and activations for language models of `transformers`, with almost no loss.
+
+    model = haq.quantize_model(model, haq.calibration_batches(tokenizer, "wikitext2"))
+
+Letters for shapes, everywhere: T tokens, K in-features, N out-features, D hidden size, B batch.
+"""
+
+from importlib.metadata import version
+
+from haq.config import QuantizationConfig
+from haq.evaluation import Comparison, compare, evaluation_tokens, perplexity
+from haq.int8.matmul import backends, use_backend
+from haq.nn import Int8Linear
+from haq.quantization.calibration import calibration_batches
+from haq.quantization.pipeline import quantize_model
+from haq.quantization.report import LayerReport, QuantizationReport, quantization_report
+
+__all__ = [
+    "Comparison",
+    "Int8Linear",
+    "LayerReport",
+    "QuantizationConfig",
+    "QuantizationReport",
+    "backends",
+    "calibration_batches",
+    "compare",
+    "evaluation_tokens",
+    "perplexity",
+    "quantization_report",
+    "quantize_model",
+    "use_backend",
+]
+
+__version__ = version("haq")

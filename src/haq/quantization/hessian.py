@@ -1,0 +1,119 @@
+"""Second moments of a layer's input, and the factor of their inverse that rounding needs.
+
+The squared error that replacing weights W by Q makes in a layer's output, summed over tokens, is
+
+    sum_t |W x_t - Q x_t|^2 = tr((W - Q) H (W - Q)^T),    H = sum_t x_t x_t^T
+
+so H ``[K, K]`` is all that rounding has to know about the data. It is the Hessian of that error in
+each row of Q (up to the factor 2, which changes no decision): Optimal Brain Surgeon (Hassibi and
+Stork, 1993); for language models GPTQ (arXiv 2210.17323, section 3).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Damping that had to grow this far makes H close to a multiple of the identity, for which
+# compensation does nothing: rounding to nearest is then the honest name.
+_LARGEST_DAMPING = 1.0
+
+# Least diagonal entry, as a fraction of the largest, tried one after the other when damping alone
+# leaves H numerically indefinite: a channel millions of times larger than the mean is what does it.
+_DIAGONAL_FLOORS = (1e-6, 1e-5, 1e-4, 1e-3)
+
+
+class SecondMoment:
+    """Accumulates H over batches: float32 ``[K, K]``, the mean over the tokens seen.
+
+    Example:
+        >>> moment = SecondMoment(2)
+        >>> moment.update(torch.tensor([[1.0, 2.0], [3.0, 0.0]]))
+        >>> moment.mean()
+        tensor([[5., 1.],
+                [1., 2.]])
+    """
+
+    def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:
+        self._sum = torch.zeros(channels, channels, device=device)
+        self.tokens = 0
+
+    def update(self, inputs: Tensor) -> None:
+        """Add the tokens of ``inputs`` ``[T, K]``, any float dtype."""
+        rows = inputs.float()
+        self._sum.addmm_(rows.T, rows)
+        self.tokens += rows.shape[0]
+
+    def mean(self) -> Tensor:
+        """H over the number of tokens: float32 ``[K, K]``, all zero if there were none."""
+        return self._sum / max(self.tokens, 1)
+
+
+@dataclass(frozen=True)
+class InverseFactor:
+    """The upper triangular U ``[K, K]`` with ``(H + damping) ^ -1 = U^T U``, and what it took.
+
+    Attributes:
+        upper: U, in the dtype of H.
+        damping: fraction of H's mean diagonal that was added to its diagonal.
+        floor: fraction of H's largest diagonal entry that the diagonal was raised to; 0 if not.
+    """
+
+    upper: Tensor
+    damping: float
+    floor: float
+
+
+def inverse_factor(hessian: Tensor, damping: float) -> InverseFactor | None:
+    """Factor the inverse of the damped Hessian; add damping until it works.
+
+    Damping grows tenfold up to the mean diagonal, then small diagonal entries are raised. A channel
+    that is zero in every token has an empty row and column: it is given a diagonal of 1, which
+    separates it from the others, so it neither receives nor causes compensation.
+
+    Args:
+        hessian: ``[K, K]`` float32 or float64, symmetric, finite; unchanged.
+        damping: fraction of the mean diagonal to start with, positive.
+
+    Returns:
+        The factor, or None if nothing made the matrix positive definite.
+
+    Example:
+        >>> inverse_factor(torch.tensor([[4.0, 0.0], [0.0, 0.0]]), damping=1e-9).upper
+        tensor([[0.5000, 0.0000],
+                [0.0000, 1.0000]])
+    """
+    diagonal = hessian.diagonal()
+    dead = diagonal == 0
+    mean = diagonal.mean()
+    attempts = [(level, 0.0) for level in _damping_levels(damping)]
+    attempts += [(_LARGEST_DAMPING, floor) for floor in _DIAGONAL_FLOORS]
+    for level, floor in attempts:
+        damped = hessian.clone()
+        raised = diagonal.clamp(min=floor * diagonal.max()) + level * mean
+        damped.diagonal().copy_(torch.where(dead, 1.0, raised))
+        upper = _factor_of_inverse(damped)
+        if upper is not None:
+            return InverseFactor(upper, level, floor)
+    return None
+
+
+def _damping_levels(first: float) -> list[float]:
+    levels = [first]
+    while levels[-1] < _LARGEST_DAMPING:
+        levels.append(min(levels[-1] * 10, _LARGEST_DAMPING))
+    return levels
+
+
+def _factor_of_inverse(matrix: Tensor) -> Tensor | None:
+    """U with ``matrix ^ -1 = U^T U``, or None if ``matrix`` is not positive definite.
+
+    ``matrix = R R^T`` with R upper triangular is a Cholesky factorization from the last row up, and
+    U is the inverse of R. The inverse of ``matrix`` itself, the less accurate way, is never formed.
+    """
+    lower, failed = torch.linalg.cholesky_ex(matrix.flip(0, 1))
+    if failed or not bool(lower.isfinite().all()):
+        return None
+    identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    upper: Tensor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+    return upper

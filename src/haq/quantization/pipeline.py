@@ -1,0 +1,163 @@
+"""`quantize_model`: one decoder block after the other, from float to int8."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from haq.config import QuantizationConfig
+from haq.model.blocks import BlockInputs, capture_block_inputs, run_block
+from haq.model.linears import linears
+from haq.nn import Int8Linear
+from haq.quantization.block import quantize_block
+from haq.quantization.report import QuantizationReport, attach_report, detach_report, find_report
+from haq.quantization.validation import checked_batches, checked_model
+
+
+# In inference mode the new parameters would be unusable outside of it.
+@torch.inference_mode(False)
+def quantize_model(
+    model: PreTrainedModel,
+    calibration: Iterable[Tensor | Mapping[str, Tensor]],
+    config: QuantizationConfig | None = None,
+    *,
+    progress: bool = True,
+) -> PreTrainedModel:
+    """Turn the linear layers of every decoder block to int8, in place, and return the model.
+
+    For each block in order, with the inputs that the int8 blocks before it really produce: group
+    the linears that share an input, smooth each group with the scale that leaves the smallest error
+    in what the block computes, accumulate the second moments of the quantized inputs, round every
+    weight with error compensation, and replace the linears by `haq.nn.Int8Linear`. Embeddings,
+    norms and the head stay float. Memory: the model, one block in float32, and the calibration
+    tokens' hidden states. The same call on the same machine gives the same bytes.
+
+    Args:
+        model: a causal language model of `transformers`, on one device, float32 or 16 bit.
+        calibration: batches of token ids, int64 ``[B, T]``, or mappings with "input_ids" and
+            optionally "attention_mask" ``[B, T]``. `haq.calibration_batches` makes them from text.
+        config: what to do; the defaults are the recommended method.
+        progress: show a bar with the blocks done and the time left. It hides when the output is
+            not a terminal, and where transformers' progress bars are switched off.
+
+    Returns:
+        ``model``, which now runs int8. `haq.quantization_report` tells what was done.
+
+    Raises:
+        TypeError: an argument has the wrong type, or token ids the wrong dtype.
+        ValueError: an argument cannot be worked with; the message says why and what to do.
+        RuntimeError: NaN or infinity appeared in an activation; the message names the layer.
+
+        Whatever is raised, a keyboard interrupt included, every block is either int8 or as it was.
+        A note on the exception says how many are int8; the same call goes on after them.
+
+    Example:
+        >>> from transformers import OPTConfig, OPTForCausalLM
+        >>> config = OPTConfig(vocab_size=64, hidden_size=16, ffn_dim=32, num_hidden_layers=2,
+        ...                    num_attention_heads=2, word_embed_proj_dim=16)
+        >>> model = OPTForCausalLM(config)
+        >>> tokens = [torch.randint(2, 64, (1, 32)) for _ in range(4)]
+        >>> model = quantize_model(model, tokens, progress=False)
+        >>> model.model.decoder.layers[0].fc1.weight.dtype
+        torch.int8
+    """
+    config = QuantizationConfig() if config is None else config
+    if not isinstance(config, QuantizationConfig):
+        raise TypeError(f"`config` must be a QuantizationConfig, got {type(config).__name__}.")
+    name, blocks, excluded = checked_model(model, config)
+    report = _report_to_continue(model, config, blocks)
+    batches = checked_batches(calibration, model)
+    training = model.training
+    model.eval()
+    try:
+        inputs = capture_block_inputs(model, blocks, batches)
+        if report is None:
+            kept = _kept_float(model, f"{name}.", excluded)
+            report = QuantizationReport(
+                type(model).__name__, config, len(blocks), inputs.num_tokens, kept_float=kept
+            )
+            attach_report(model, report)
+        _quantize_blocks(blocks, name, inputs, excluded, report, progress)
+    except BaseException as error:
+        error.add_note(_state_of(model, report))
+        raise
+    finally:
+        model.train(training)
+    return model
+
+
+def _quantize_blocks(
+    blocks: nn.ModuleList,
+    name: str,
+    inputs: BlockInputs,
+    excluded: frozenset[str],
+    report: QuantizationReport,
+    progress: bool,
+) -> None:
+    # `disable=None` hides the bar when the output is not a terminal.
+    bar = logging.tqdm(
+        total=len(blocks), desc="Quantizing", unit="block", disable=None if progress else True
+    )
+    with bar:
+        for i, block in enumerate(blocks):
+            batches = inputs.of_block(i)
+            prefix = f"{name}.{i}"
+            if i >= len(report.blocks):
+                inside = {n.removeprefix(f"{prefix}.") for n in excluded if n.startswith(prefix)}
+                converted, layers = quantize_block(
+                    block, batches, report.config, prefix, frozenset(inside)
+                )
+                # From here on the block is int8: one assignment, and its line in the report.
+                blocks[i] = block = converted
+                report.blocks.append(layers)
+            inputs.hidden = [run_block(block, batch) for batch in batches]
+            _check_finite(inputs, prefix)
+            bar.update()
+
+
+def _report_to_continue(
+    model: PreTrainedModel, config: QuantizationConfig, blocks: nn.ModuleList
+) -> QuantizationReport | None:
+    """The report of an interrupted call with the same configuration; None for a float model."""
+    report = find_report(model)
+    converted = any(isinstance(module, Int8Linear) for module in blocks.modules())
+    if report is None and not converted:
+        return None
+    if report is None or report.complete:
+        raise ValueError(
+            f"`model` is already int8: {type(model).__name__} has `Int8Linear` layers. Load the "
+            "float model to quantize it differently."
+        )
+    if report.config != config:
+        raise ValueError(
+            f"`model` is partly int8: {len(report.blocks)} of {len(blocks)} blocks were quantized "
+            f"with {report.config}. Call with that configuration to go on, or load the float model."
+        )
+    return report
+
+
+def _kept_float(model: nn.Module, prefix: str, excluded: frozenset[str]) -> list[str]:
+    """Linear modules outside the blocks, and those that the user excluded."""
+    return [n for n in linears(model) if n in excluded or not n.startswith(prefix)]
+
+
+def _check_finite(inputs: BlockInputs, block_name: str) -> None:
+    for i, hidden in enumerate(inputs.hidden):
+        if not bool(torch.isfinite(hidden).all()):
+            raise RuntimeError(
+                f"`{block_name}` gives NaN or infinity for calibration batch {i}. A float16 model "
+                "that overflows can be loaded in bfloat16 or float32."
+            )
+
+
+def _state_of(model: PreTrainedModel, report: QuantizationReport | None) -> str:
+    done = 0 if report is None else len(report.blocks)
+    if report is None or done == 0:
+        detach_report(model)
+        return "haq: the model is as it was, no block was converted."
+    return (
+        f"haq: {done} of {report.num_blocks} blocks of the model are int8 and work; the others are "
+        "as they were. The same call goes on after them; load the model again to start afresh."
+    )

@@ -1,0 +1,239 @@
+"""Which scale each group of linears gets: statistics, candidates, and the error that chooses.
+
+An outlier channel of an input forces one large step on all other channels of its token. Dividing
+channel k by s_k, and multiplying column k of every weight that reads it by s_k, moves the range
+into the weight, which has a step of its own per output channel (SmoothQuant, arXiv 2211.10438,
+equation 3). Which s is best depends on the layer, and a wrong one costs more than none, so s is
+searched: every candidate is judged by the error it leaves in what the block computes from the
+input, with both quantizers at work. The best one is then folded (`haq.model.producers.fold`).
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from haq.int8 import grid
+from haq.model.blocks import BlockBatch, first_tensor, run_block, token_rows
+from haq.model.groups import Group
+from haq.model.linears import bias_view, weight_view
+
+# Exponents alpha of s = a^alpha / w^(1 - alpha). Below 0.3 hardly anything moves.
+_STRENGTHS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+
+# A channel is not amplified beyond this fraction of the median of a * w: it is too small to matter,
+# and following it would only spoil the range of the others.
+_FLOOR = 0.1
+
+
+class ChannelStatistics:
+    """How large each input channel gets, over every calibration token.
+
+    Attributes:
+        maximum: largest magnitude, float32 ``[K]``.
+        p4: 4-norm over tokens, divided by the fourth root of their number: float32 ``[K]``. Between
+            the mean and the maximum: one wild token in a thousand does not decide it.
+    """
+
+    def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:
+        self.maximum = torch.zeros(channels, device=device)
+        self._fourth = torch.zeros(channels, device=device)
+        self.tokens = 0
+
+    def update(self, inputs: Tensor) -> None:
+        """Add the tokens of ``inputs``, float ``[T, K]``."""
+        magnitude = inputs.float().abs()
+        self.maximum = torch.maximum(self.maximum, magnitude.amax(0))
+        self._fourth += magnitude.square().square().sum(0)
+        self.tokens += inputs.shape[0]
+
+    @property
+    def p4(self) -> Tensor:
+        return (self._fourth / max(self.tokens, 1)).pow(0.25)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to choose s from the statistics.
+
+    Attributes:
+        family: "none" is s = 1. The others are s = a^strength / w^(1 - strength): "p4" with the
+            4-norm over tokens as a, tiny channels held up; "smoothquant" as published, with the
+            maximum as a.
+        strength: alpha in [0, 1].
+    """
+
+    family: Literal["none", "p4", "smoothquant"]
+    strength: float = 0.0
+
+    def __str__(self) -> str:
+        return "none" if self.family == "none" else f"{self.family} {self.strength:g}"
+
+
+def search_candidates() -> list[Candidate]:
+    """Everything that the search tries; doing nothing comes first, and wins ties."""
+    return [Candidate("none"), *(Candidate("p4", alpha) for alpha in _STRENGTHS)]
+
+
+def candidate_scale(candidate: Candidate, statistics: ChannelStatistics, weight: Tensor) -> Tensor:
+    """s of one candidate.
+
+    Args:
+        candidate: the rule.
+        statistics: of the group's input.
+        weight: float32 ``[K]``, the largest magnitude of each input channel over all consumers.
+
+    Returns:
+        float32 ``[K]``, positive, 1 in the geometric mean. Channels that are zero in every input or
+        every weight get 1.
+    """
+    inputs = statistics.p4 if candidate.family == "p4" else statistics.maximum
+    alive = (inputs > 0) & (weight > 0)
+    if candidate.family == "none" or not bool(alive.any()):
+        return torch.ones_like(inputs)
+    if candidate.family == "p4":
+        floor = _FLOOR * (inputs * weight)[alive].median()
+        inputs = torch.maximum(inputs, floor / weight)
+    scale = inputs**candidate.strength / weight ** (1 - candidate.strength)
+    # Only ratios between channels matter; around 1 the folded parameters keep their magnitude.
+    scale = scale / scale[alive].log().mean().exp()
+    return torch.where(alive, scale, 1.0)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The scale of one group, and the rule it came from.
+
+    Attributes:
+        scale: float32 ``[K]``, positive, equal for channels that share a row of the producer.
+        candidate: the rule.
+    """
+
+    scale: Tensor
+    candidate: Candidate
+
+
+def choose_scale(
+    block: nn.Module,
+    group: Group,
+    targets: Sequence[str],
+    statistics: ChannelStatistics,
+    sample: Sequence[BlockBatch],
+    candidates: Sequence[Candidate],
+) -> Choice:
+    """The candidate that leaves the smallest error in what the block computes from the input.
+
+    Args:
+        block: a decoder block in float32; left as it was.
+        group: one of its groups, with a producer.
+        targets: those of the group's consumers that will be int8.
+        statistics: of the group's input, over all calibration tokens.
+        sample: some calibration batches, in float32.
+        candidates: what to try; the first of equals wins. A single one is taken without a trial.
+
+    Returns:
+        The best candidate and its scale.
+    """
+    options = [Choice(_group_scale(c, block, group, statistics), c) for c in candidates]
+    if len(options) == 1:
+        return options[0]
+    trial = _Trial(block, group.scope, targets, _record_scope(block, group.scope, sample))
+    return min(options, key=lambda choice: trial.error(choice.scale))
+
+
+def _group_scale(
+    candidate: Candidate, block: nn.Module, group: Group, statistics: ChannelStatistics
+) -> Tensor:
+    """A candidate's s with equal values wherever channels share a row of the producer."""
+    assert group.producer is not None
+    weight = torch.stack(
+        [weight_view(block.get_submodule(name)).abs().amax(0) for name in group.consumers]
+    ).amax(0)
+    scale = candidate_scale(candidate, statistics, weight)
+    return _largest_of_each_row(scale, group.producer.rows)
+
+
+def _largest_of_each_row(scale: Tensor, rows: Tensor) -> Tensor:
+    largest = scale.new_zeros(int(rows.max()) + 1)
+    return largest.scatter_reduce(0, rows, scale, "amax")[rows]
+
+
+@dataclass(frozen=True)
+class _ScopeCall:
+    """One call of the scope in float: its arguments, its output ``[..., N]``, the token mask."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Tensor
+    mask: Tensor
+
+
+def _record_scope(block: nn.Module, scope: str, sample: Sequence[BlockBatch]) -> list[_ScopeCall]:
+    calls: list[_ScopeCall] = []
+
+    def note(
+        mask: Tensor, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        calls.append(_ScopeCall(args, kwargs, first_tensor(output), mask))
+
+    for batch in sample:
+        module = block.get_submodule(scope)
+        handle = module.register_forward_hook(partial(note, batch.mask), with_kwargs=True)
+        try:
+            run_block(block, batch)
+        finally:
+            handle.remove()
+    return calls
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """Tries scales on one group with everything else in float."""
+
+    block: nn.Module
+    scope: str
+    targets: Sequence[str]
+    calls: list[_ScopeCall]
+
+    def error(self, scale: Tensor) -> float:
+        """Squared error of the scope's output over the sample's tokens."""
+        with self._quantized(scale), torch.no_grad():
+            scope = self.block.get_submodule(self.scope)
+            return sum(
+                float(
+                    token_rows(first_tensor(scope(*c.args, **c.kwargs)) - c.output, c.mask)
+                    .square()
+                    .sum()
+                )
+                for c in self.calls
+            )
+
+    @contextmanager
+    def _quantized(self, scale: Tensor) -> Iterator[None]:
+        originals = {name: self.block.get_submodule(name) for name in self.targets}
+        try:
+            for name, module in originals.items():
+                self.block.set_submodule(name, _SimulatedInt8(module, scale))
+            yield
+        finally:
+            for name, module in originals.items():
+                self.block.set_submodule(name, module)
+
+
+class _SimulatedInt8(nn.Module):
+    """A linear with its input divided by s, its weight multiplied by s, and both on the grid."""
+
+    def __init__(self, linear: nn.Module, scale: Tensor) -> None:
+        super().__init__()
+        self.weight = grid.fake_quantize_rows(weight_view(linear) * scale)
+        self.bias = bias_view(linear)
+        self.inverse_scale = 1 / scale
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        quantized = grid.fake_quantize_rows(inputs * self.inverse_scale)
+        return functional.linear(quantized, self.weight, self.bias)
