@@ -1,0 +1,197 @@
+"""One way to time: in turn, against the memory's speed of the same minute, and written down.
+
+A shared machine changes from one minute to the next, its memory by a factor of two. So everything
+that will be compared is timed in turn, round by round, and ratios are taken within a round. The
+numbers are the median over the rounds and the range of the middle half of them.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import itertools
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+# Each sample lasts at least this long, so that the clock and the scheduler are small beside it.
+SECONDS_PER_SAMPLE = 0.005
+
+# A cache of this many bytes cannot hold two buffers or weights that are read in turn.
+CACHE_BYTES = 96 * 2**20
+
+Run = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call, one number for each round."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def middle_half(self) -> tuple[float, float]:
+        low, _, high = statistics.quantiles(self.seconds, n=4)
+        return low, high
+
+    def times_faster_than(self, other: "Timing") -> float:
+        """The median, over the rounds, of how many times faster."""
+        pairs = zip(other.seconds, self.seconds, strict=True)
+        return statistics.median(theirs / ours for theirs, ours in pairs)
+
+    def to_dict(self) -> dict[str, float]:
+        low, high = self.middle_half
+        return {"median_ms": self.median * 1e3, "low_ms": low * 1e3, "high_ms": high * 1e3}
+
+
+def time_in_turn(runs: Mapping[str, Run], rounds: int = 21) -> dict[str, Timing]:
+    """Time every run in every round, in the order given.
+
+    Args:
+        runs: what to call, by name. Each call is one unit of the result.
+        rounds: how often; at least 20 for a median that means something.
+    """
+    calls = {name: _calls_per_sample(run) for name, run in runs.items()}
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            samples[name].append(_seconds_per_call(run, calls[name]))
+    return {name: Timing(tuple(seconds)) for name, seconds in samples.items()}
+
+
+def _calls_per_sample(run: Run) -> int:
+    run()  # The first call allocates.
+    seconds = min(_seconds_per_call(run, 1) for _ in range(3))
+    return max(1, round(SECONDS_PER_SAMPLE / seconds))
+
+
+def _seconds_per_call(run: Run, calls: int) -> float:
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    return (time.perf_counter() - start) / calls
+
+
+def rotating(runs: Sequence[Run]) -> Run:
+    """Call the runs one after the other, each time the next, so that no cache serves them all."""
+    turns = itertools.cycle(runs)
+    return lambda: next(turns)()
+
+
+def copies_beyond_cache(bytes_each: int) -> int:
+    """How many weights of that size to rotate."""
+    return max(2, -(-CACHE_BYTES // bytes_each))
+
+
+class MemoryRead:
+    """Reads a buffer that no cache holds, as fast as torch can: calls are timed like any run."""
+
+    def __init__(self) -> None:
+        self._buffer = torch.ones(2 * CACHE_BYTES // 4)
+
+    def __call__(self) -> object:
+        return self._buffer.sum()
+
+    def bytes_per_second(self, timing: Timing) -> list[float]:
+        """Bandwidth in each round."""
+        return [self._buffer.nbytes / seconds for seconds in timing.seconds]
+
+
+def arguments(description: str, **flags: str) -> argparse.Namespace:
+    """What every benchmark understands, and flags of its own with their help."""
+    parser = argparse.ArgumentParser(description=description)
+    for flag, text in flags.items():
+        parser.add_argument(f"--{flag}", action="store_true", help=text)
+    parser.add_argument("--quick", action="store_true", help="a few seconds, to see that it runs")
+    parser.add_argument("--threads", type=int, help="CPU threads; torch decides if not given")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    return options
+
+
+def card() -> dict[str, Any]:
+    """What the numbers depend on, without names of hosts or folders."""
+    return {
+        "machine": {
+            "cpu": _cpu_name(),
+            "capability": torch.backends.cpu.get_cpu_capability(),
+            "vnni": torch.cpu._is_vnni_supported(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in ("torch", "transformers")},
+        },
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if "model name" in line), "")
+
+
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--dirty"]
+    done = subprocess.run(
+        command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip() or "unknown"
+
+
+def print_card(description: str, facts: Mapping[str, Any]) -> None:
+    print(description.strip().splitlines()[0])
+    print()
+    for name in ("machine", "versions"):
+        print(f"{name:9}", ", ".join(f"{key} {value}" for key, value in facts[name].items()))
+    print(f"{'commit':9} {facts['commit']}")
+    print()
+
+
+def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Columns as wide as they need to be; the first to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    for first, *others in (head, *rows):
+        numbers = (f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True))
+        print("  ".join([first.ljust(widths[0]), *numbers]))
+    print()
+
+
+def milliseconds(timing: Mapping[str, float]) -> str:
+    """Median and middle half of ``Timing.to_dict()``: ``2.41 (2.38-2.50)``."""
+    return "{median_ms:.2f} ({low_ms:.2f}-{high_ms:.2f})".format(**timing)
+
+
+def target(name: str, value: float, at_least: float) -> dict[str, Any]:
+    """Say whether a target is met, and by how much it is not."""
+    verdict = "met" if value >= at_least else f"MISSED by {100 * (1 - value / at_least):.0f} %"
+    print(f"{name}: {value:.2f}, target {at_least:g}: {verdict}")
+    return {"name": name, "value": value, "target": at_least, "met": value >= at_least}
+
+
+def write(name: str, facts: Mapping[str, Any], **content: Any) -> None:
+    """Write ``results/NAME.json``."""
+    RESULTS.mkdir(exist_ok=True)
+    text = json.dumps({"benchmark": name, **facts, **content}, indent=2)
+    (RESULTS / f"{name}.json").write_text(text + "\n")
