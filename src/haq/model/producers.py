@@ -6,11 +6,12 @@ For nothing to change, and nothing to be computed at run time, what *produces* t
 is measured here, not looked up in a table of architectures:
 
 1. A candidate (a norm, or a linear that ran earlier) has its output channels multiplied by known
-   random factors, all different. If every channel of the input in question comes back multiplied by
-   one of these factors, for every token, the path between is exactly rescalable, and the factors
-   found tell which output row of the candidate feeds which input channel.
-2. The factors are then folded, ``f`` into the candidate and ``1/f`` into the consumers, and the
-   block must compute what it did before. A norm whose output also feeds the residual stream fails.
+   random factors. If every channel of the input in question comes back multiplied by the factor of
+   the row that would feed it, for every token, the path between is exactly rescalable. The factors
+   are powers of two, which no sum of floats rounds: channels that hardly ever fire tell as well.
+2. Other random factors, all different, are then folded, ``f`` into the candidate and ``1/f`` into
+   the consumers, and the block must compute what it did before. A norm whose output also feeds the
+   residual stream fails.
 
 This finds norm -> {q, k, v}, v -> o (with grouped-query attention one factor per shared row),
 up -> down through a gated activation, fc1 -> fc2 through a ReLU but not through a GELU, the value
@@ -28,9 +29,9 @@ from haq.model.blocks import BlockBatch, run_block, token_rows
 from haq.model.linears import bias_view, is_linear, weight_of, weight_view
 from haq.model.trace import Event, observe_inputs
 
-# The channel must follow one factor to this relative precision, over all tokens. float32 keeps a
-# path of a few products to 1e-6; a GELU instead of a ReLU is off by more than 1e-2.
-_RATIO_TOLERANCE = 1e-4
+# A channel must follow its factor to this relative precision, over all tokens. Only 1 + w of some
+# norms is rounded at all, to 1e-7; a GELU instead of a ReLU is off by more than 1e-2.
+_RATIO_TOLERANCE = 1e-5
 
 # Folding random factors of up to two may change the block's output by this fraction of what the
 # block adds to its input, and of its output (the rounding of a large residual stream).
@@ -114,9 +115,9 @@ class _Search:
 
     def find(self) -> Producer | None:
         for candidate in self._candidates():
-            producer = self._probe(candidate)
-            if producer is not None and self._folds_exactly(producer):
-                return producer
+            for producer in self._probe(candidate):
+                if self._folds_exactly(producer):
+                    return producer
         return None
 
     @property
@@ -139,22 +140,24 @@ class _Search:
                 yield _Candidate(event.name, rows, 0.0)
                 yield _Candidate(event.name, rows, 1.0)
 
-    def _probe(self, candidate: "_Candidate") -> Producer | None:
-        """Multiply the candidate's rows by distinct factors and look for them in the input."""
+    def _probe(self, candidate: "_Candidate") -> Iterator[Producer]:
+        """Multiply the candidate's rows by factors and look for them in the input."""
         module = self.block.get_submodule(candidate.name)
         rows = candidate.rows.to(self.batch.hidden.device)
         factors = torch.ones(_num_rows(module), device=self.batch.hidden.device)
-        factors[rows] = _distinct_factors(len(rows), self.batch.hidden.device)
+        factors[rows] = _powers_of_two(len(rows), self.batch.hidden.device)
         after: list[Tensor] = []
         restore = keep_parameters(module)
         try:
-            _scale_rows(module, factors, candidate.offset, None)
+            keep = None if is_linear(module) else torch.float32
+            applied = _scale_rows(module, factors, candidate.offset, keep)
             observe_inputs(self.block, {self.consumers[0]: after.append}, [self.batch])
         finally:
             restore()
         before = token_rows(self._input, self.batch.mask)
-        found = _match_factors(before, after[0], factors, rows)
-        return None if found is None else Producer(candidate.name, found, candidate.offset)
+        for row_of_channel in _channel_maps(rows, before.shape[1]):
+            if _follows(before, after[0], applied[row_of_channel]):
+                yield Producer(candidate.name, row_of_channel, candidate.offset)
 
     def _folds_exactly(self, producer: Producer) -> bool:
         """Fold random factors; the block must still compute the same."""
@@ -218,6 +221,28 @@ def _row_layouts(num_rows: int, channels: int) -> Iterator[Tensor]:
             yield every[(every // head) % (repeats + 2) == repeats + 1]
 
 
+def _channel_maps(rows: Tensor, channels: int) -> Iterator[Tensor]:
+    """Which of ``rows`` may feed which channel: int64 ``[K]``.
+
+    One each, in order. Where attention heads share values there are fewer rows than channels: each
+    head of them, of a width not known here, is repeated.
+    """
+    repeats = channels // len(rows)
+    for width in range(len(rows), 0, -1):
+        if len(rows) % width == 0:
+            yield rows.view(-1, 1, width).expand(-1, repeats, -1).reshape(-1)
+        if repeats == 1:
+            return
+
+
+def _powers_of_two(count: int, device: torch.device) -> Tensor:
+    """Factors between 1/16 and 16, none of them 1, in a fixed random order: ``[count]``."""
+    generator = torch.Generator().manual_seed(count)
+    exponents = torch.tensor([-4.0, -3.0, -2.0, -1.0, 1.0, 2.0, 3.0, 4.0])
+    order = torch.randperm(count, generator=generator)
+    return (2 ** exponents[order % len(exponents)]).to(device)
+
+
 def _distinct_factors(count: int, device: torch.device) -> Tensor:
     """Factors in [1/2, 2], all different, in a fixed random order: float32 ``[count]``."""
     generator = torch.Generator().manual_seed(count)
@@ -225,35 +250,16 @@ def _distinct_factors(count: int, device: torch.device) -> Tensor:
     return (2**spread)[torch.randperm(count, generator=generator)].to(device)
 
 
-def _match_factors(before: Tensor, after: Tensor, factors: Tensor, rows: Tensor) -> Tensor | None:
-    """The producer's row behind each channel: int64 ``[K]``, or None if one has no single factor.
+def _follows(before: Tensor, after: Tensor, factors: Tensor) -> bool:
+    """Whether ``after`` ``[T, K]`` is ``before`` with channel k multiplied by ``factors[k]``.
 
-    Args:
-        before: float32 ``[T, K]``, the input without factors.
-        after: float32 ``[T, K]``, the input with them.
-        factors: float32 ``[N]``, what each row of the producer was multiplied by.
-        rows: int64 ``[R]``, the rows that were multiplied, the candidates.
+    A channel that is zero for every token (a dead ReLU) agrees with any factor; if all are, nothing
+    is known.
     """
     energy = before.square().sum(0)
-    ratio = (before * after).sum(0) / energy
-    error = (after - ratio * before).square().sum(0)
-    alive = energy > 0
-    if not bool(alive.any()):
-        return None
-    if not bool((error <= _RATIO_TOLERANCE**2 * energy)[alive].all()):
-        return None
-    candidates, order = factors[rows].sort()
-    middles = (candidates[1:] + candidates[:-1]) / 2
-    found = rows[order[torch.bucketize(ratio.nan_to_num(1.0), middles)]]
-    if not torch.allclose(factors[found][alive], ratio[alive], rtol=_RATIO_TOLERANCE):
-        return None
-    if len(rows) == before.shape[1]:
-        # A channel that is zero for every token (a dead ReLU) shows no factor. With as many rows as
-        # channels the others tell: the map is one to one and in order.
-        if not torch.equal(found[alive], rows[alive]):
-            return None
-        return rows
-    return found if bool(alive.all()) else None
+    error = (after - before * factors).square().sum(0)
+    followed = error <= (_RATIO_TOLERANCE * factors).square() * energy
+    return bool(followed.all() & (energy > 0).any())
 
 
 def _num_rows(module: nn.Module) -> int:
