@@ -143,11 +143,15 @@ def test_an_error_in_the_model_leaves_its_mode(tiny_llama):
     assert all(module.training for module in model.modules())
 
 
-def test_no_cache_is_kept(tiny_llama):
+def test_neither_a_cache_nor_a_graph_is_kept(tiny_llama):
     model, seen = tiny_llama(), []
-    model.register_forward_hook(lambda module, args, output: seen.append(output.past_key_values))
+
+    def note(module, args, output):
+        seen.append((output.past_key_values, output.logits.requires_grad))
+
+    model.register_forward_hook(note)
     perplexity(model, random_tokens(40), sequence_length=20, progress=False)
-    assert seen == [None, None]
+    assert seen == [(None, False)]
 
 
 # --- comparison ----------------------------------------------------------------------------------

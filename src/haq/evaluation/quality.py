@@ -9,7 +9,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from haq.evaluation.windows import check_fits, cut_windows, evaluating, numbered_windows, predict
+from haq.evaluation.windows import (
+    check_fits,
+    cut_windows,
+    evaluating,
+    numbered_windows,
+    predictions,
+)
 
 # Logits are widened to float32 for this many positions at a time: 131 MB for 128k token ids.
 _POSITIONS_AT_ONCE = 256
@@ -105,8 +111,9 @@ def perplexity(
     windows = cut_windows(token_ids, sequence_length)
     check_fits(model, "model", windows)
     with evaluating(model):
+        logits = predictions(model, windows)
         nll = [
-            _mean_nll("model", predict(model, window), window, i).item()
+            _mean_nll("model", next(logits), window, i).item()
             for i, window in numbered_windows(windows, "perplexity", progress)
         ]
     return _exp(statistics.fmean(nll))
@@ -143,9 +150,10 @@ def compare(
     check_fits(model, "model", windows)
     rows = []
     with evaluating(reference), evaluating(model):
+        expectations, predicted = predictions(reference, windows), predictions(model, windows)
         for i, window in numbered_windows(windows, "compare", progress):
-            expected = predict(reference, window)
-            logits = predict(model, window).to(expected.device)
+            expected = next(expectations)
+            logits = next(predicted).to(expected.device)
             if logits.shape != expected.shape:
                 raise ValueError(
                     f"`model` must have the logits of `reference`, {expected.shape[-1]}, got "

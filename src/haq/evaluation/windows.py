@@ -8,6 +8,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+# No more logits exist at once than for one of the usual windows.
+_TOKENS_AT_ONCE = 2048
+
 
 def cut_windows(token_ids: Tensor, sequence_length: int) -> Tensor:
     """``token_ids`` ``[1, T]`` or ``[T]`` as windows: int64 ``[W, sequence_length]``."""
@@ -77,13 +80,16 @@ def numbered_windows(windows: Tensor, title: str, progress: bool) -> Iterator[tu
     yield from enumerate(bar)
 
 
-def predict(model: PreTrainedModel, window: Tensor) -> Tensor:
-    """Logits ``[L - 1, V]`` for all tokens of ``window`` ``[L]`` but the first."""
-    output = model(input_ids=window[None].to(model.device), use_cache=False)
-    if not hasattr(output, "logits"):
-        raise TypeError(
-            f"`model` must be a causal language model, got {type(model).__name__}, whose output "
-            f"has no logits. Load it with `AutoModelForCausalLM`."
-        )
-    logits: Tensor = output.logits
-    return logits[0, :-1]
+def predictions(model: PreTrainedModel, windows: Tensor) -> Iterator[Tensor]:
+    """Logits ``[L - 1, V]`` for all tokens but the first of each window, for ``[W, L]`` windows.
+
+    Short windows go through the model several at a time, without seeing each other.
+    """
+    for batch in windows.split(max(1, _TOKENS_AT_ONCE // windows.shape[1])):
+        output = model(input_ids=batch.to(model.device), use_cache=False)
+        if not hasattr(output, "logits"):
+            raise TypeError(
+                f"`model` must be a causal language model, got {type(model).__name__}, whose "
+                f"output has no logits. Load it with `AutoModelForCausalLM`."
+            )
+        yield from output.logits[:, :-1]
