@@ -1,5 +1,6 @@
 # make quickstart   set everything up, then show the main job on a small trained model
 # make test         the tests
+# make bench        speed and quality on this machine, about half an hour; make gpu on a CUDA device
 # make check        formatting, lint, types, import order; `make style` mends the first two
 #
 # Everything goes into $(VENV). Overridable: PYTHON (3.11 or newer), VENV, TORCH. On a machine
@@ -13,10 +14,10 @@ TORCH ?= $(shell cat constraints.txt)
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check --quiet
 TORCH_PIN = $(VENV)/torch.txt
-BENCHMARKS = $(filter-out benchmarks/harness.py, $(wildcard benchmarks/*.py))
+BENCHMARKS = $(filter-out benchmarks/harness.py benchmarks/gpu.py, $(wildcard benchmarks/*.py))
 
 .DELETE_ON_ERROR:
-.PHONY: quickstart test check style docs bench clean
+.PHONY: quickstart test check style docs bench gpu clean
 
 quickstart: $(VENV)/test.stamp
 	$(BIN)/python examples/quickstart.py
@@ -39,6 +40,10 @@ docs: $(VENV)/docs.stamp
 
 bench: $(VENV)/test.stamp
 	set -e; for script in $(BENCHMARKS); do $(BIN)/python $$script; done
+
+# With the Python and the CUDA build of torch that are there: nothing is installed.
+gpu:
+	PYTHONPATH=src $(PYTHON) benchmarks/gpu.py
 
 # What the tools left; the environment stays.
 clean:

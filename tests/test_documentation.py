@@ -24,7 +24,11 @@ def test_the_readme_runs_from_top_to_bottom(
 
 def test_every_make_target_that_is_mentioned_exists() -> None:
     makefile = (REPOSITORY / "Makefile").read_text()
-    pages = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *REPOSITORY.glob("docs/*.md")]
+    pages = [
+        REPOSITORY / "README.md",
+        REPOSITORY / "CONTRIBUTING.md",
+        *REPOSITORY.glob("docs/*.md"),
+    ]
     mentioned = {t for page in pages for t in re.findall(r"`?make ([a-z]+)`?", page.read_text())}
     targets = set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
     assert mentioned & targets >= {"quickstart", "test", "check"}

@@ -5,7 +5,7 @@
 Letters for shapes, everywhere: T tokens, K in-features, N out-features, D hidden size, B batch.
 """
 
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 from haq.config import QuantizationConfig
 from haq.evaluation import Comparison, compare, evaluation_tokens, perplexity
@@ -31,4 +31,7 @@ __all__ = [
     "use_backend",
 ]
 
-__version__ = version("haq")
+try:
+    __version__ = version("haq")
+except PackageNotFoundError:  # run from a checkout that is not installed: PYTHONPATH=src
+    __version__ = "0+unknown"

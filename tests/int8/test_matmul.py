@@ -131,6 +131,15 @@ def test_leading_shape_is_kept(
     torch.testing.assert_close(result, row.expand(*leading, 5))
 
 
+def test_autocast_changes_nothing(pack: Pack, random_weight: RandomWeight) -> None:
+    packed = pack(*random_weight(5, 300))
+    x = torch.linspace(-1, 1, 900).view(3, 300)
+    expected = matmul.linear(x, packed)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = matmul.linear(x, packed)
+    torch.testing.assert_close(result, expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_what_is_not_finite_stays_in_its_row(
@@ -211,6 +220,24 @@ def test_no_exact_backend_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matmul, "BACKENDS", (REFERENCE,))
     with pytest.raises(RuntimeError, match="No int8 product is exact on 'cpu' devices"):
         matmul.pack(*one_by_one())
+
+
+@pytest.mark.usefixtures("fresh_proofs")
+def test_defaults_of_the_process_do_not_reach_the_proof() -> None:
+    """Loaders of models change both while they build."""
+    expected = [status.exact for status in matmul.backends()]
+    matmul._verdicts.clear()
+    weight, scale = one_by_one()
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            packed = matmul.pack(weight, scale)
+            exact = [status.exact for status in matmul.backends()]
+    finally:
+        torch.set_default_dtype(dtype)
+    assert exact == expected
+    torch.testing.assert_close(packed.unpack(), weight, rtol=0, atol=0)
 
 
 @pytest.mark.usefixtures("fresh_proofs")

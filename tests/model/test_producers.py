@@ -41,7 +41,7 @@ def producers(block: nn.Module, tokens: int = 30) -> dict[str, Producer | None]:
     return {group.consumers[0]: group.producer for group in groups}
 
 
-# --- What is between the linears
+# --- What is between the linears ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -83,6 +83,18 @@ def test_relu_channels_that_are_dead_are_folded_like_their_neighbours() -> None:
     assert producers(block)["fc2"].rows.tolist() == list(range(INNER))
 
 
+def test_relu_channels_that_hardly_fire_are_folded_like_their_neighbours() -> None:
+    """What is left of a sum after its terms cancel is mostly rounding, and must scale too."""
+    block, batch = Residual(), batch_of(torch.randn(1, 30, HIDDEN))
+    with torch.no_grad():
+        sums = block.fc1(block.norm(batch.hidden)) - block.fc1.bias
+        block.fc1.bias[:4] = (1e-7 - sums.amax((0, 1)))[:4]
+        largest = torch.relu(block.fc1(block.norm(batch.hidden))).amax((0, 1))
+    assert (largest[:4] < 1e-6).all()
+    _, group = find_groups(block, batch)
+    assert group.producer.rows.tolist() == list(range(INNER))
+
+
 def test_an_input_that_is_always_zero_has_no_producer() -> None:
     """Any factor fits: what this batch cannot show must not be folded."""
     block = Residual()
@@ -99,7 +111,7 @@ def test_rows_of_wide_layers_are_told_apart(inner: int) -> None:
     assert torch.equal(producers(block)["fc2"].rows, torch.arange(inner))
 
 
-# --- Fused projections
+# --- Fused projections ----------------------------------------------------------------------------
 
 
 class Fused(nn.Module):
@@ -137,7 +149,44 @@ def test_a_split_that_mixes_rows_has_no_producer() -> None:
     assert producers(Fused(lambda x: (x[..., :INNER], x[..., INNER:].cumsum(-1))))["down"] is None
 
 
-# --- Norms
+class SharedValues(nn.Module):
+    """Two value heads of four channels, each read by two heads; summed over tokens.
+
+    ``tile`` lines the heads up as 0 1 0 1, else as 0 0 1 1.
+    """
+
+    def __init__(self, *, tile: bool) -> None:
+        super().__init__()
+        self.tile = tile
+        self.v = nn.Linear(HIDDEN, 8)
+        self.o = nn.Linear(16, HIDDEN)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        values = self.v(hidden_states).unflatten(-1, (2, 4)).cumsum(1)
+        values = values.repeat(1, 1, 2, 1) if self.tile else values.repeat_interleave(2, dim=2)
+        return hidden_states + self.o(values.flatten(2))
+
+
+@pytest.mark.parametrize("dead", [False, True], ids=["all alive", "some rows dead"])
+@pytest.mark.parametrize(
+    ("tile", "rows"),
+    [
+        (False, [0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6, 7, 4, 5, 6, 7]),
+        (True, [0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7]),
+    ],
+    ids=["0 0 1 1", "0 1 0 1"],
+)
+def test_shared_values_share_their_row(tile: bool, rows: list[int], dead: bool) -> None:
+    block = SharedValues(tile=tile)
+    if dead:
+        with torch.no_grad():
+            block.v.weight[[1, 6]] = 0.0
+            block.v.bias[[1, 6]] = 0.0
+    found = producers(block)["o"]
+    assert (found.name, found.rows.tolist()) == ("v", rows)
+
+
+# --- Norms ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -205,7 +254,7 @@ def test_only_what_ran_before_the_group_is_asked() -> None:
     assert producers(After(nn.RMSNorm(HIDDEN)))["fc"] is None
 
 
-# --- Folding
+# --- Folding --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -219,7 +268,7 @@ def test_folding_into_a_16_bit_norm_is_as_exact_as_into_a_32_bit_one(
 ) -> None:
     block = Normed(norm)
     for parameter in norm.parameters():
-        parameter.data.normal_()
+        parameter.data.uniform_(0.5, 1.5).sub_(offset)
     # A weight of zero, and for LayerNorm a bias beside it that must be rescaled all the same.
     norm.weight.data[3] = -offset
     norm.weight.data.copy_(norm.weight.to(dtype))
@@ -233,8 +282,8 @@ def test_folding_into_a_16_bit_norm_is_as_exact_as_into_a_32_bit_one(
 
     # Stored in 16 bits, the weight is the one that was folded.
     assert torch.equal(norm.weight, norm.weight.to(dtype).float())
-    # The scale is the one asked for, to the precision of the stored weight. Near w = -1, 1 + w has
-    # fewer digits than w.
+    # The scale is the one asked for, to the precision of the stored weight: an ulp of w is several
+    # of a small 1 + w.
     torch.testing.assert_close(applied, scale, rtol=10 * torch.finfo(dtype).eps, atol=0)
     with torch.no_grad():
         torch.testing.assert_close(block(hidden), expected, rtol=1e-5, atol=1e-5)

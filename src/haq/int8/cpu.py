@@ -24,7 +24,13 @@ _ZERO_POINT = 128
 
 
 class FbgemmWeight:
-    """A weight in fbgemm's layout: the fastest product for few tokens, and good for many."""
+    """A weight in fbgemm's layout: the fastest product for few tokens, and good for many.
+
+    It serves every number of tokens. Beside oneDNN, with two threads of a Zen 4, it takes 0.7 of the
+    time for 1 token, the same for 16 to 64 and 1.1 to 1.2 times as much for 256. Laying the weight
+    out again for oneDNN when many tokens come would cost far more than that: 640 ms for a weight of
+    [14336, 4096], whose product with 256 tokens takes 49 ms here and 40 ms there.
+    """
 
     backend = "fbgemm"
 
@@ -53,7 +59,7 @@ class OneDnnWeight:
     def __init__(self, weight: Tensor, scale: Tensor) -> None:
         self._packed = torch.ops.onednn.qlinear_prepack(weight, None)
         self._scale = scale.flatten()
-        self._zeros = torch.zeros(len(weight), dtype=torch.int32)
+        self._zeros = torch.zeros(len(weight), dtype=torch.int32, device="cpu")
         self._linear = torch.ops.onednn.qlinear_pointwise.default
 
     def product(self, rounded: Tensor) -> Tensor:
@@ -95,7 +101,7 @@ def _int_mm(a: Tensor, b: Tensor) -> Tensor:
 
 def _quantized_tensor(weight: Tensor, scale: Tensor) -> Tensor:
     """The quantized tensor type that fbgemm packs from; nothing else in the library uses it."""
-    zero_points = torch.zeros(len(weight), dtype=torch.int64)
+    zero_points = torch.zeros(len(weight), dtype=torch.int64, device="cpu")
     return torch._make_per_channel_quantized_tensor(
         weight, scale.flatten().double(), zero_points, axis=0
     )
@@ -132,9 +138,8 @@ def _spend_deprecation_warning() -> None:
     """
     with warnings.catch_warnings(), contextlib.suppress(AttributeError, RuntimeError):
         warnings.simplefilter("ignore")
-        _quantized_tensor(
-            torch.zeros(1, 1, dtype=torch.int8, device="cpu"), torch.ones(1, 1, device="cpu")
-        )
+        with torch.device("cpu"):
+            _quantized_tensor(torch.zeros(1, 1, dtype=torch.int8), torch.ones(1, 1))
 
 
 _spend_deprecation_warning()

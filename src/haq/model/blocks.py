@@ -129,8 +129,9 @@ def capture_block_inputs(
     for batch in batches:
         if wrap is None:
             wrap = _output_form(model, blocks[0], batch)
-        recorder = _Recorder(len(blocks), wrap)
-        with _replaced(blocks, recorder.stubs), torch.no_grad():
+        recorder = _Recorder(wrap)
+        stubs = [_Stub(recorder, is_last=i == len(blocks) - 1) for i in range(len(blocks))]
+        with _replaced(blocks, stubs), torch.no_grad():
             try:
                 model(**batch, use_cache=False)
             except _AllBlocksSeen:
@@ -195,12 +196,11 @@ class _AllBlocksSeen(Exception):
 
 
 class _Recorder:
-    """Stubs that pass hidden states through unchanged and note how they were called."""
+    """How the blocks of one pass were called."""
 
-    def __init__(self, num_blocks: int, wrap: Callable[[Tensor], Any]) -> None:
+    def __init__(self, wrap: Callable[[Tensor], Any]) -> None:
         self.hidden: Tensor
         self.calls: list[BlockCall] = []
-        self.stubs = [_Stub(self, is_last=i == num_blocks - 1) for i in range(num_blocks)]
         self.wrap = wrap
 
     def note(self, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -216,6 +216,8 @@ class _Recorder:
 
 
 class _Stub(nn.Module):
+    """Passes hidden states through unchanged and notes how it was called."""
+
     def __init__(self, recorder: _Recorder, *, is_last: bool) -> None:
         super().__init__()
         # Held in a tuple so that `nn.Module` does not look inside.

@@ -34,6 +34,9 @@ def quantize_model(
     norms and the head stay float. Memory: the model, one block in float32, and the calibration
     tokens' hidden states. The same call on the same machine gives the same bytes.
 
+    Whatever is raised, a keyboard interrupt included, every block is either int8 or as it was. A
+    note on the exception says how many are int8; the same call goes on after them.
+
     Args:
         model: a causal language model of `transformers`, on one device, float32 or 16 bit.
         calibration: batches of token ids, int64 ``[B, T]``, or mappings with "input_ids" and
@@ -49,9 +52,6 @@ def quantize_model(
         TypeError: an argument has the wrong type, or token ids the wrong dtype.
         ValueError: an argument cannot be worked with; the message says why and what to do.
         RuntimeError: NaN or infinity appeared in an activation; the message names the layer.
-
-        Whatever is raised, a keyboard interrupt included, every block is either int8 or as it was.
-        A note on the exception says how many are int8; the same call goes on after them.
 
     Example:
         >>> from transformers import OPTConfig, OPTForCausalLM

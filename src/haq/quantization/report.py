@@ -122,7 +122,10 @@ class QuantizationReport:
             yield f"Kept in float: {', '.join(self.kept_float)}."
         noted = sum(bool(layer.note) for layer in self.layers)
         if noted:
-            yield f"{noted} layers carry a note: something did not go as configured there."
+            yield (
+                f"{noted} of {len(self.layers)} layers carry a note: something did not go as "
+                "configured there."
+            )
 
 
 _HEADER = ("layer", "shape", "smoothing", "rounding", "tokens", "before", "after", "note")

@@ -1,0 +1,170 @@
+"""Second moments and the factor of their inverse, against numpy in float64."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from haq.quantization.hessian import SecondMoment, inverse_factor
+
+
+def correlated_inputs(tokens: int, channels: int, seed: int = 0) -> Tensor:
+    """Float32 ``[tokens, channels]`` that share a few directions, as activations do."""
+    generator = torch.Generator().manual_seed(seed)
+    few = torch.randn(tokens, max(channels // 4, 1), generator=generator)
+    mix = torch.randn(few.shape[1], channels, generator=generator)
+    return few @ mix + 0.3 * torch.randn(tokens, channels, generator=generator)
+
+
+def second_moment(inputs: Tensor) -> Tensor:
+    """Float64 ``[K, K]``."""
+    return inputs.double().T @ inputs.double() / len(inputs)
+
+
+# --- Second moments -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_mean_of_outer_products(dtype: torch.dtype) -> None:
+    inputs = correlated_inputs(300, 17).to(dtype)
+    moment = SecondMoment(17)
+    moment.update(inputs)
+    x = inputs.float().numpy().astype(np.float64)
+    expected = np.mean([np.outer(token, token) for token in x], axis=0)
+    # Sums of 300 products in float32.
+    np.testing.assert_allclose(moment.mean().numpy(), expected, rtol=1e-4, atol=1e-5)
+    assert moment.tokens == 300
+    assert moment.mean().dtype == torch.float32
+
+
+def test_no_tokens_make_a_mean_of_zero() -> None:
+    assert torch.equal(SecondMoment(3).mean(), torch.zeros(3, 3))
+
+
+@settings(deadline=None)
+@given(splits=st.lists(st.integers(0, 40), max_size=6), seed=st.integers(0, 3))
+def test_any_split_into_batches_gives_the_same(splits: list[int], seed: int) -> None:
+    inputs = correlated_inputs(40, 9, seed)
+    whole, parts = SecondMoment(9), SecondMoment(9)
+    whole.update(inputs)
+    edges = [0, *sorted(splits), 40]
+    for start, stop in itertools.pairwise(edges):
+        parts.update(inputs[start:stop])
+    assert parts.tokens == whole.tokens
+    torch.testing.assert_close(parts.mean(), whole.mean(), rtol=1e-5, atol=1e-5)
+
+
+# --- The factor -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channels", [1, 2, 31, 128, 200])
+def test_the_factor_is_that_of_the_damped_inverse(channels: int) -> None:
+    hessian = second_moment(correlated_inputs(400, channels))
+    before = hessian.clone()
+    factor = inverse_factor(hessian, damping=0.01)
+    assert (factor.damping, factor.floor) == (0.01, 0.0)
+    assert torch.equal(factor.upper, factor.upper.triu())
+    assert (factor.upper.diagonal() > 0).all()
+
+    damped = hessian.numpy() + 0.01 * np.trace(hessian.numpy()) / channels * np.eye(channels)
+    product = factor.upper.numpy().T @ factor.upper.numpy()
+    np.testing.assert_allclose(product, np.linalg.inv(damped), rtol=1e-9, atol=1e-12)
+    assert torch.equal(hessian, before)
+
+
+def test_float32_is_close_to_float64() -> None:
+    hessian = second_moment(correlated_inputs(400, 64))
+    factor = inverse_factor(hessian.float(), damping=0.01)
+    assert factor.upper.dtype == torch.float32
+    exact = inverse_factor(hessian, damping=0.01).upper
+    # The damped matrix has a condition number of a few thousand.
+    torch.testing.assert_close(factor.upper.double(), exact, rtol=1e-3, atol=1e-4)
+
+
+def test_a_dead_channel_neither_gives_nor_takes() -> None:
+    inputs = correlated_inputs(400, 6)
+    inputs[:, [0, 4]] = 0.0
+    alive = [1, 2, 3, 5]
+    hessian = second_moment(inputs)
+    upper = inverse_factor(hessian, damping=0.01).upper
+    # The damping is a fraction of the mean over all channels, dead ones included.
+    identity = torch.eye(6, dtype=torch.float64)
+    damped = (hessian + 0.01 * hessian.trace() / 6 * identity)[alive][:, alive]
+    part = upper[alive][:, alive]
+    torch.testing.assert_close(part.T @ part, damped.inverse(), rtol=1e-9, atol=1e-12)
+    for dead in (0, 4):
+        assert torch.equal(upper[dead], identity[dead])
+        assert torch.equal(upper[:, dead], identity[dead])
+
+
+def test_all_channels_dead() -> None:
+    factor = inverse_factor(torch.zeros(3, 3), damping=0.01)
+    assert torch.equal(factor.upper, torch.eye(3))
+
+
+# --- When it does not work at once ----------------------------------------------------------------
+
+
+def indefinite(channels: int, negative: float) -> Tensor:
+    """A matrix with mean diagonal 1 and the eigenvalue ``-negative``; float64 ``[K, K]``."""
+    matrix = torch.eye(channels, dtype=torch.float64)
+    matrix[0, 1] = matrix[1, 0] = 1 + negative
+    return matrix
+
+
+@pytest.mark.parametrize(
+    ("negative", "first", "expected"),
+    [
+        (-0.5, 0.01, 0.01),
+        (0.005, 0.01, 0.01),
+        (0.05, 0.01, 0.1),
+        (0.5, 0.01, 1.0),
+        (0.05, 0.02, 0.2),
+        (0.5, 0.02, 1.0),
+        (0.5, 1.0, 1.0),
+    ],
+)
+def test_damping_grows_tenfold_until_it_works(
+    negative: float, first: float, expected: float
+) -> None:
+    hessian = indefinite(5, negative)
+    factor = inverse_factor(hessian, first)
+    assert (factor.damping, factor.floor) == (pytest.approx(expected), 0.0)
+    damped = hessian + factor.damping * torch.eye(5)
+    torch.testing.assert_close(factor.upper.T @ factor.upper, damped.inverse())
+
+
+@pytest.mark.parametrize(
+    ("negative", "floor"),
+    [(1.0005, 1e-6), (1.005, 1e-5), (1.05, 1e-4), (1.5, 1e-3)],
+)
+def test_small_diagonal_entries_are_raised_when_damping_is_not_enough(
+    negative: float, floor: float
+) -> None:
+    """One channel is a million times larger than two that contradict each other.
+
+    Then the mean diagonal is 1, damping adds 1 at most, and the largest entry is ``channels``.
+    """
+    channels = 1000
+    hessian = torch.eye(channels, dtype=torch.float64) * 1e-6
+    hessian[2, 2] = channels - 1e-6 * (channels - 1)
+    hessian[0, 1] = hessian[1, 0] = negative
+    factor = inverse_factor(hessian, damping=0.01)
+    assert (factor.damping, factor.floor) == (1.0, floor)
+
+
+@pytest.mark.parametrize(
+    "hessian",
+    [
+        indefinite(5, 3.0),
+        torch.full((3, 3), torch.nan),
+        torch.eye(3).index_fill(0, torch.tensor(1), torch.inf),
+    ],
+    ids=["indefinite", "nan", "infinity"],
+)
+def test_nothing_is_made_of_a_hopeless_matrix(hessian: Tensor) -> None:
+    assert inverse_factor(hessian, damping=0.01) is None

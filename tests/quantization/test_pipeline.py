@@ -1,0 +1,753 @@
+"""`quantize_model` on every architecture, and what it must keep when it is done or interrupted."""
+
+import copy
+import functools
+import gc
+import io
+import pickle
+import threading
+import types
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+import haq
+from haq import QuantizationConfig, quantization_report, quantize_model
+from haq.model.blocks import find_blocks
+from haq.model.linears import linears
+from haq.nn import Int8Linear
+from haq.quantization import block as block_module
+from haq.quantization import pipeline
+from haq.quantization.report import find_report
+from tests.architectures import ARCHITECTURES, LAYERS, token_ids
+
+CALIBRATION = [token_ids(2, 24, seed=seed) for seed in range(4)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Models as small as these gain nothing from threads, and wait for them on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# How many linear layers one block has.
+LINEARS = {
+    "opt": 6,
+    "opt-post-norm": 6,
+    "llama": 7,
+    "mistral": 7,
+    "qwen2": 7,
+    "qwen3": 7,
+    "gemma2": 7,
+    "gemma3": 7,
+    "phi3": 4,
+    "gpt-neox": 4,
+    "gpt2": 4,
+    "phi": 6,
+    "gptj": 6,
+    "bloom": 4,
+}
+
+
+def quantize(name: str, **options: object) -> PreTrainedModel:
+    config = QuantizationConfig(**options)
+    return quantize_model(ARCHITECTURES[name](), CALIBRATION, config, progress=False)
+
+
+@functools.cache
+def quantized(name: str) -> PreTrainedModel:
+    """With the defaults; to be looked at and called only."""
+    return quantize(name)
+
+
+def logits_of(model: nn.Module, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+
+
+def assert_same_bits(model: nn.Module, other: nn.Module) -> None:
+    state, other_state = model.state_dict(), other.state_dict()
+    assert list(state) == list(other_state)
+    torch.testing.assert_close(other_state, state, rtol=0, atol=0)
+
+
+# --- Every architecture ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_linear_of_every_block_becomes_int8_and_nothing_else_changes(name: str) -> None:
+    before, after = ARCHITECTURES[name](), quantized(name)
+    prefix, _ = find_blocks(before)
+    modules, new_modules = dict(before.named_modules()), dict(after.named_modules())
+    assert list(new_modules) == list(modules)
+    replaced = 0
+    for path, module in modules.items():
+        if path.startswith(f"{prefix}.") and isinstance(module, nn.Linear | Conv1D):
+            assert type(new_modules[path]) is Int8Linear, path
+            replaced += 1
+        else:
+            assert type(new_modules[path]) is type(module), path
+    assert replaced == LAYERS * LINEARS[name]
+
+    # Outside of the blocks every bit is the same, tied heads included.
+    kept = {key: value for key, value in before.state_dict().items() if prefix not in key}
+    assert len(kept) >= 2
+    state = after.state_dict()
+    torch.testing.assert_close({key: state[key] for key in kept}, kept, rtol=0, atol=0)
+    parameters = dict(after.named_parameters())
+    assert all(value.requires_grad for value in parameters.values())
+    tied = before.get_output_embeddings().weight is before.get_input_embeddings().weight
+    assert (after.get_output_embeddings().weight is after.get_input_embeddings().weight) == tied
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_logits_stay_close(name: str) -> None:
+    ids = token_ids(2, 24, seed=99)
+    expected, got = (
+        logits_of(model, ids).log_softmax(-1) for model in (ARCHITECTURES[name](), quantized(name))
+    )
+    divergence = (expected.exp() * (expected - got)).sum(-1).mean()
+    # Two blocks of random weights, for which int8 is about at its worst. Wrong scales cost 0.1.
+    assert 1e-8 < divergence < 2e-3
+
+
+class Reference(nn.Module):
+    """What an int8 layer is: integers times scales, summed in float64."""
+
+    def __init__(self, layer: Int8Linear) -> None:
+        super().__init__()
+        self.weight = layer.weight.double() * layer.weight_scale.double()
+        self.bias = None if layer.bias is None else layer.bias.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        largest = x.abs().amax(-1, keepdim=True)
+        scale = torch.where(largest > 0, largest / 127, torch.ones_like(largest))
+        integers = torch.round(x / scale).clamp(-127, 127)
+        output = (integers.double() * scale.double()) @ self.weight.T
+        return (output if self.bias is None else output + self.bias).to(x.dtype)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_logits_are_those_of_float64_arithmetic(name: str) -> None:
+    model = quantized(name)
+    reference = copy.deepcopy(model)
+    for path, module in model.named_modules():
+        if isinstance(module, Int8Linear):
+            reference.set_submodule(path, Reference(module))
+    ids = token_ids(2, 24, seed=99)
+    got, expected = logits_of(model, ids), logits_of(reference, ids)
+    # float32 against float64 until, once in a while, an input between two integers goes the other
+    # way and moves some logits by a part of the step. The logits are of size 1.
+    torch.testing.assert_close(got, expected, rtol=0, atol=5e-3)
+    assert (got - expected).abs().median() < 1e-5
+    # A test that would pass for the float model as well would show nothing.
+    difference = (logits_of(ARCHITECTURES[name](), ids) - expected).abs()
+    assert difference.median() > 1e-4
+
+
+# --- Generation -----------------------------------------------------------------------------------
+
+NEW_TOKENS = 6
+
+
+def greedy_without_cache(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    for _ in range(NEW_TOKENS):
+        ids = torch.cat([ids, logits_of(model, ids)[:, -1].argmax(-1, keepdim=True)], dim=1)
+    return ids
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_greedy_generation_is_the_argmax_of_each_step(name: str) -> None:
+    model, ids = quantized(name), token_ids(2, 12)
+    generated = model.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False)
+    assert torch.equal(generated, greedy_without_cache(model, ids))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_left_padding_does_not_change_what_is_generated(name: str) -> None:
+    model = quantized(name)
+    prompts = [token_ids(1, 12, seed=1), token_ids(1, 7, seed=2), token_ids(1, 1, seed=3)]
+    padded = torch.cat([nn.functional.pad(ids, (12 - ids.shape[1], 0)) for ids in prompts])
+    mask = (padded != 0).long()
+    together = model.generate(
+        padded, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False
+    )
+    for row, ids in zip(together, prompts, strict=True):
+        alone = model.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False)
+        assert torch.equal(row[-alone.shape[1] :], alone[0])
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_sampling_follows_the_seed(name: str) -> None:
+    model, ids = quantized(name), token_ids(2, 5)
+
+    def sample(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        return model.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=True, top_k=0)
+
+    assert torch.equal(sample(0), sample(0))
+    assert not torch.equal(sample(0), sample(1))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_beam_search_scores_are_those_of_the_sequences(name: str) -> None:
+    model, ids = quantized(name), token_ids(2, 5)
+    found = model.generate(
+        ids,
+        max_new_tokens=NEW_TOKENS,
+        num_beams=3,
+        do_sample=False,
+        length_penalty=0.0,
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
+    log_probabilities = logits_of(model, found.sequences).log_softmax(-1)[:, 4:-1]
+    chosen = log_probabilities.gather(-1, found.sequences[:, 5:, None])[..., 0]
+    assert chosen.shape == (2, NEW_TOKENS)
+    # The cached keys and values of beams that were reordered, against none.
+    torch.testing.assert_close(found.sequences_scores, chosen.sum(1), rtol=1e-2, atol=1e-2)
+
+
+# --- The same call, the same bytes ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["opt", "llama", "gpt2"])
+def test_the_same_call_gives_the_same_bytes_and_the_same_report(name: str) -> None:
+    again = quantize(name)
+    assert_same_bits(again, quantized(name))
+    assert quantization_report(again) == quantization_report(quantized(name))
+
+
+def test_the_global_random_state_has_no_say_and_is_not_moved() -> None:
+    torch.manual_seed(1234)
+    state = torch.get_rng_state()
+    model = quantize("llama")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert_same_bits(model, quantized("llama"))
+
+
+def test_other_calibration_gives_other_weights() -> None:
+    other = quantize_model(ARCHITECTURES["llama"](), [token_ids(2, 24, seed=77)], progress=False)
+    weight = "model.layers.0.mlp.down_proj.weight"
+    assert not torch.equal(other.state_dict()[weight], quantized("llama").state_dict()[weight])
+
+
+@pytest.mark.parametrize(
+    "batches",
+    [
+        [{"input_ids": ids} for ids in CALIBRATION],
+        [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in CALIBRATION],
+        (ids for ids in CALIBRATION),
+        tuple(CALIBRATION),
+        torch.utils.data.DataLoader(torch.cat(CALIBRATION), batch_size=2),
+    ],
+    ids=["mappings", "masks of ones", "generator", "tuple", "data loader"],
+)
+def test_calibration_in_any_form(batches: object) -> None:
+    model = quantize_model(ARCHITECTURES["llama"](), batches, progress=False)
+    assert_same_bits(model, quantized("llama"))
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("opt", torch.int64),
+        ("mistral", torch.int32),
+        ("gemma2", torch.bool),
+        ("bloom", torch.float32),
+    ],
+)
+def test_the_tokens_at_padding_have_no_influence(name: str, dtype: torch.dtype) -> None:
+    ids = token_ids(3, 24)
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0
+    mask[2, -4:] = 0
+    masked = {"attention_mask": mask.to(dtype)}
+    first, second = (
+        quantize_model(
+            ARCHITECTURES[name](),
+            [{"input_ids": torch.where(mask == 1, ids, other)} | masked],
+            progress=False,
+        )
+        for other in (torch.zeros_like(ids), token_ids(3, 24, seed=50))
+    )
+    assert_same_bits(first, second)
+    report = quantization_report(first)
+    assert report == quantization_report(second)
+    assert report.tokens == {layer.tokens for layer in report.layers}.pop() == 3 * 24 - 9 - 4
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", ["opt", "llama", "gemma3"])
+def test_a_padded_batch_counts_like_the_same_tokens_without_padding(name: str, side: str) -> None:
+    ids = token_ids(2, 24)
+    left = 6 if side == "left" else 0
+    padded = nn.functional.pad(ids, (left, 6 - left))
+    mask = nn.functional.pad(torch.ones_like(ids), (left, 6 - left))
+    batch = {"input_ids": padded, "attention_mask": mask}
+    model = quantize_model(ARCHITECTURES[name](), [batch], progress=False)
+    plain = quantize_model(ARCHITECTURES[name](), [ids], progress=False)
+    assert quantization_report(model).tokens == quantization_report(plain).tokens == 48
+    # Sums of another length are rounded otherwise, and a weight between two integers may go the
+    # other way; hardly any is.
+    differing = [
+        (model.get_submodule(path).weight != module.weight).float().mean().item()
+        for path, module in plain.named_modules()
+        if isinstance(module, Int8Linear)
+    ]
+    assert sum(differing) / len(differing) < 0.01
+
+
+# --- Dtypes, modes and options --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["opt", "llama", "gemma2", "gpt2"])
+def test_a_16_bit_model_stays_a_16_bit_model(name: str, dtype: torch.dtype) -> None:
+    before = ARCHITECTURES[name]().to(dtype)
+    model = quantize_model(copy.deepcopy(before), CALIBRATION, progress=False)
+    dtypes = {path: parameter.dtype for path, parameter in before.named_parameters()}
+    assert {path: dtypes[path] for path, _ in model.named_parameters()} == {
+        path: parameter.dtype for path, parameter in model.named_parameters()
+    }
+    layers = [module for module in model.modules() if isinstance(module, Int8Linear)]
+    assert {layer.weight_scale.dtype for layer in layers} == {torch.float32}
+    assert {layer.bias.dtype for layer in layers if layer.bias is not None} <= {torch.float32}
+    ids = token_ids(2, 24, seed=99)
+    got, expected = logits_of(model, ids), logits_of(before, ids)
+    assert got.dtype == dtype
+    noise = (got.float() - expected.float()).norm() / expected.float().norm()
+    assert noise < 0.1
+    # Moving it to another dtype afterwards must not break what is int8.
+    assert logits_of(model.float(), ids).dtype == torch.float32
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_the_model_is_returned_in_its_mode(training: bool) -> None:
+    model = ARCHITECTURES["gpt2"]().train(training)  # Its blocks have dropout.
+    returned = quantize_model(model, CALIBRATION, progress=False)
+    assert returned is model
+    assert all(module.training == training for module in model.modules())
+    assert_same_bits(model, quantized("gpt2"))
+
+
+def test_inside_inference_mode_it_makes_ordinary_parameters() -> None:
+    model = ARCHITECTURES["llama"]()
+    with torch.inference_mode():
+        quantize_model(model, CALIBRATION, progress=False)
+    assert_same_bits(model, quantized("llama"))
+    assert model(CALIBRATION[0]).logits.requires_grad
+
+
+OPTIONS = {
+    "search": {"smoothing": "search"},
+    "fixed": {"smoothing": "fixed", "smoothing_strength": 0.8},
+    "none": {"smoothing": "none"},
+    "search, nearest": {"rounding": "nearest"},
+    "fixed, nearest": {"smoothing": "fixed", "rounding": "nearest"},
+    "none, nearest": {"smoothing": "none", "rounding": "nearest"},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_every_combination_of_options_works_and_is_reported(options: dict[str, object]) -> None:
+    model = quantize("opt", **options)
+    report = quantization_report(model)
+    assert report.config == QuantizationConfig(**options)
+    assert {layer.rounding for layer in report.layers} == {report.config.rounding}
+    families = {layer.smoothing.split()[0] for layer in report.layers}
+    assert (
+        families
+        <= {"search": {"none", "p4"}, "fixed": {"smoothquant"}, "none": {"none"}}[
+            report.config.smoothing
+        ]
+    )
+    ids = token_ids(2, 24, seed=99)
+    expected = logits_of(ARCHITECTURES["opt"](), ids)
+    assert (logits_of(model, ids) - expected).norm() / expected.norm() < 0.03
+
+
+def planted(name: str) -> PreTrainedModel:
+    """The same function, with one channel of every norm's output a hundred times larger."""
+    model = ARCHITECTURES[name]()
+    for block in find_blocks(model)[1]:
+        for norm, readers in (
+            (block.self_attn_layer_norm, ("q_proj", "k_proj", "v_proj")),
+            (block.final_layer_norm, ("fc1",)),
+        ):
+            norm.weight.data[5] *= 100
+            norm.bias.data[5] *= 100
+            for path, module in block.named_modules():
+                if path.rpartition(".")[2] in readers:
+                    module.weight.data[:, 5] /= 100
+    return model
+
+
+def test_each_step_pays_where_there_are_outliers() -> None:
+    ids = token_ids(4, 24, seed=99)
+    expected = logits_of(planted("opt"), ids)
+    torch.testing.assert_close(expected, logits_of(ARCHITECTURES["opt"](), ids))
+
+    def error(**options: object) -> float:
+        config = QuantizationConfig(**options)
+        model = quantize_model(planted("opt"), CALIBRATION, config, progress=False)
+        return float((logits_of(model, ids) - expected).norm() / expected.norm())
+
+    nearest = error(smoothing="none", rounding="nearest")
+    smoothed = error(rounding="nearest")
+    assert smoothed < 0.2 * nearest
+    assert error() < smoothed
+
+
+# --- Exclusions -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("*.v_proj", {"self_attn.v_proj"}),
+        ("*.self_attn", {f"self_attn.{name}_proj" for name in "qkvo"}),
+        ("*.mlp.*", {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}),
+        ("model.layers.?.mlp.[gu]*", {"mlp.gate_proj", "mlp.up_proj"}),
+    ],
+    ids=["leaf", "parent", "wildcard", "character class"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_excluded_modules_keep_their_bits(
+    pattern: str, expected: set[str], dtype: torch.dtype
+) -> None:
+    before = ARCHITECTURES["llama"]().to(dtype)
+    config = QuantizationConfig(exclude=("lm_head", pattern))
+    model = quantize_model(copy.deepcopy(before), CALIBRATION, config, progress=False)
+    paths = {f"model.layers.{i}.{name}" for i in range(LAYERS) for name in expected}
+    assert set(linears(model)) == paths | {"lm_head"}
+    for path in paths:
+        assert torch.equal(model.get_submodule(path).weight, before.get_submodule(path).weight)
+    report = quantization_report(model)
+    assert sorted(report.kept_float) == sorted(paths | {"lm_head"})
+    assert not paths & {layer.name for layer in report.layers}
+
+
+def test_one_block_can_be_excluded() -> None:
+    before = ARCHITECTURES["llama"]()
+    config = QuantizationConfig(exclude=("model.layers.1",))
+    model = quantize_model(copy.deepcopy(before), CALIBRATION, config, progress=False)
+    torch.testing.assert_close(
+        model.model.layers[1].state_dict(), before.model.layers[1].state_dict(), rtol=0, atol=0
+    )
+    assert_same_bits(model.model.layers[0], quantized("llama").model.layers[0])
+    assert [len(block) for block in quantization_report(model).blocks] == [7, 0]
+
+
+# --- The report -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_report_lists_what_happened(name: str) -> None:
+    before, model = ARCHITECTURES[name](), quantized(name)
+    prefix, _ = find_blocks(before)
+    report = quantization_report(model)
+    assert report.model == type(before).__name__
+    assert report.config == QuantizationConfig()
+    assert report.num_blocks == LAYERS
+    assert report.complete
+    assert report.tokens == 4 * 2 * 24
+    assert report.kept_float == [n for n in linears(before) if not n.startswith(f"{prefix}.")]
+    assert {layer.name: (layer.out_features, layer.in_features) for layer in report.layers} == {
+        path: tuple(module.weight.shape)
+        for path, module in model.named_modules()
+        if isinstance(module, Int8Linear)
+    }
+    assert {(layer.tokens, layer.rounding, layer.note) for layer in report.layers} == {
+        (report.tokens, "hessian", "")
+    }
+    assert all(0 < layer.error_after < 1e-2 for layer in report.layers)
+
+
+def test_a_layer_whose_input_is_all_zero_works_and_is_reported() -> None:
+    model = ARCHITECTURES["opt"]()
+    fc1 = model.model.decoder.layers[1].fc1
+    with torch.no_grad():
+        fc1.weight.zero_()
+        fc1.bias.fill_(-1.0)
+    ids = token_ids(2, 24, seed=99)
+    expected = logits_of(model, ids)
+    quantize_model(model, CALIBRATION, progress=False)
+    notes = {layer.name: layer.note for layer in quantization_report(model).layers if layer.note}
+    assert notes == {
+        "model.decoder.layers.1.fc2": "its input was zero for every token: rounded to nearest"
+    }
+    assert "1 of 12 layers carry a note" in str(quantization_report(model))
+    assert (logits_of(model, ids) - expected).norm() / expected.norm() < 0.03
+
+
+# --- Interrupts -----------------------------------------------------------------------------------
+
+
+def interrupt_in_second_block(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Quantize the first block only; returns the notes on the exception."""
+    with monkeypatch.context() as patch:
+        calls: list[str] = []
+
+        def interrupt(*arguments: object) -> object:
+            calls.append("called")
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            return block_module.quantize_block(*arguments)
+
+        patch.setattr(pipeline, "quantize_block", interrupt)
+        with pytest.raises(KeyboardInterrupt) as caught:
+            quantize_model(model, CALIBRATION, progress=False)
+    return caught.value.__notes__
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_an_interrupted_model_works_and_the_same_call_goes_on(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, before = ARCHITECTURES[name](), ARCHITECTURES[name]()
+    notes = interrupt_in_second_block(model, monkeypatch)
+    assert notes == [
+        "haq: 1 of 2 blocks of the model are int8 and work; the others are as they were. The same "
+        "call goes on after them; load the model again to start afresh."
+    ]
+    _, blocks = find_blocks(model)
+    assert_same_bits(blocks[0], find_blocks(quantized(name))[1][0])
+    assert_same_bits(blocks[1], find_blocks(before)[1][1])
+    assert not model.training
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    ids = token_ids(1, 12)
+    assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (1, 15)
+    report = quantization_report(model)
+    assert not report.complete
+    assert "Incomplete: 1 of 2 blocks are int8." in str(report)
+
+    quantize_model(model, CALIBRATION, progress=False)
+    assert_same_bits(model, quantized(name))
+    assert quantization_report(model) == quantization_report(quantized(name))
+
+
+def test_an_interrupted_model_is_not_continued_with_another_configuration(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = ARCHITECTURES["opt"]()
+    interrupt_in_second_block(model, monkeypatch)
+    state = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"partly int8: 1 of 2 blocks.*damping=0\.01.*to go on"):
+        quantize_model(model, CALIBRATION, QuantizationConfig(damping=0.02), progress=False)
+    torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
+    assert len(quantization_report(model).blocks) == 1
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_an_interrupt_in_the_first_block_leaves_the_model_as_it_was(
+    training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    model = ARCHITECTURES["opt"]().train(training)
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "quantize_block", interrupt)
+        with pytest.raises(KeyboardInterrupt) as caught:
+            quantize_model(model, CALIBRATION, progress=False)
+    assert caught.value.__notes__ == ["haq: the model is as it was, no block was converted."]
+    assert_same_bits(model, ARCHITECTURES["opt"]())
+    assert model.training is training
+    assert find_report(model) is None
+    # Nothing remembers the first attempt: another configuration is fine.
+    quantize_model(model, CALIBRATION, QuantizationConfig(damping=0.02), progress=False)
+
+
+def test_an_interrupt_while_inputs_are_caught_leaves_the_model_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = ARCHITECTURES["llama"]()
+
+    def interrupt(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.model.rotary_emb, "forward", interrupt)
+        with pytest.raises(KeyboardInterrupt) as caught:
+            quantize_model(model, CALIBRATION, progress=False)
+    assert caught.value.__notes__ == ["haq: the model is as it was, no block was converted."]
+    assert_same_bits(model, ARCHITECTURES["llama"]())
+
+
+# --- Copies, threads and the compiler -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_copies_and_pickles_give_the_same_logits(name: str) -> None:
+    model, ids = quantized(name), token_ids(2, 24, seed=99)
+    expected = logits_of(model, ids)
+    stored = io.BytesIO()
+    torch.save(model, stored)
+    stored.seek(0)
+    for other in (
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model)),
+        torch.load(stored, weights_only=False),
+    ):
+        assert torch.equal(logits_of(other, ids), expected)
+        assert quantization_report(other) == quantization_report(model)
+        assert_same_bits(other, model)
+
+
+def test_a_copy_does_not_share_its_report() -> None:
+    other = copy.deepcopy(quantized("opt"))
+    quantization_report(other).blocks.clear()
+    assert quantization_report(quantized("opt")).complete
+
+
+@pytest.mark.parametrize("name", ["opt", "llama", "bloom"])
+def test_threads_get_what_one_gets(name: str) -> None:
+    model = quantized(name)
+    prompts = [token_ids(2, 20 + i, seed=i) for i in range(2)]
+    expected = [logits_of(model, ids) for ids in prompts]
+    results: list[list[Tensor]] = [[], []]
+    start = threading.Barrier(2)
+
+    def work(index: int) -> None:
+        start.wait()
+        results[index] += [logits_of(model, prompts[index]) for _ in range(20)]
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for index in range(2):
+        assert len(results[index]) == 20
+        assert all(torch.equal(logits, expected[index]) for logits in results[index])
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("name", ["opt", "llama"])
+def test_a_compiled_model_gives_the_same_logits(name: str, backend: str) -> None:
+    torch.compiler.reset()
+    model, ids = quantized(name), token_ids(2, 24, seed=99)
+    compiled = torch.compile(model, backend=backend)
+    assert torch.equal(logits_of(compiled, ids), logits_of(model, ids))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("name", ["opt", "llama"])
+def test_inductor_compiles_a_model(name: str) -> None:
+    cpp_builder = pytest.importorskip("torch._inductor.cpp_builder")
+    try:
+        cpp_builder.get_cpp_compiler()
+    except RuntimeError:
+        pytest.skip("inductor needs a C++ compiler")
+    torch.compiler.reset()
+    model, ids = quantized(name), token_ids(2, 24, seed=99)
+    got = logits_of(torch.compile(model, backend="inductor"), ids)
+    # It adds in another order, and an input between two integers may go the other way.
+    torch.testing.assert_close(got, logits_of(model, ids), rtol=0, atol=5e-3)
+
+
+# --- Memory and progress --------------------------------------------------------------------------
+
+
+def test_only_one_block_is_there_in_float_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every float layer of the blocks before is gone when the next block begins.
+
+    Without the help of the garbage collector, which comes when it likes.
+    """
+    model = ARCHITECTURES["llama"]()
+    model.model.layers.extend(ARCHITECTURES["llama"]().model.layers)
+    model.config.num_hidden_layers = 4
+    originals = [[weakref.ref(m) for m in linears(b).values()] for b in model.model.layers]
+    copies: list[list[weakref.ref]] = []
+    alive: list[tuple[int, int]] = []
+
+    def deepcopy(module: nn.Module) -> nn.Module:
+        copied = copy.deepcopy(module)
+        copies.append([weakref.ref(m) for m in linears(copied).values()])
+        return copied
+
+    def count(references: list[list[weakref.ref]]) -> int:
+        return sum(reference() is not None for block in references for reference in block)
+
+    def quantize_block(*arguments: object) -> object:
+        done = len(alive)
+        alive.append((count(originals[:done]), count(copies)))
+        return block_module.quantize_block(*arguments)
+
+    monkeypatch.setattr(block_module, "copy", types.SimpleNamespace(deepcopy=deepcopy))
+    monkeypatch.setattr(pipeline, "quantize_block", quantize_block)
+    gc.disable()
+    try:
+        quantize_model(model, CALIBRATION, progress=False)
+        assert (count(originals), count(copies)) == (0, 0)
+    finally:
+        gc.enable()
+    assert alive == [(0, 0)] * 4
+    assert [len(block) for block in copies] == [7] * 4
+
+
+def test_hidden_states_are_held_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that went into the blocks before are gone."""
+    inputs: list[list[weakref.ref]] = []
+    alive: list[int] = []
+
+    def quantize_block(block: nn.Module, batches: list, *rest: object) -> object:
+        alive.append(sum(hidden() is not None for batch in inputs for hidden in batch))
+        inputs.append([weakref.ref(batch.hidden) for batch in batches])
+        return block_module.quantize_block(block, batches, *rest)
+
+    monkeypatch.setattr(pipeline, "quantize_block", quantize_block)
+    gc.disable()
+    try:
+        quantize("llama")
+    finally:
+        gc.enable()
+    assert alive == [0, 0]
+
+
+@pytest.mark.parametrize("progress", [True, False], ids=["shown", "hidden"])
+def test_the_bar_counts_blocks(progress: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    bars: list[dict] = []
+    updates: Counter[str] = Counter()
+
+    class Bar:
+        def __init__(self, **options: object) -> None:
+            bars.append(options)
+
+        def __enter__(self) -> "Bar":
+            return self
+
+        def __exit__(self, *exception: object) -> None:
+            updates["closed"] += 1
+
+        def update(self) -> None:
+            updates["blocks"] += 1
+
+    monkeypatch.setattr(pipeline.logging, "tqdm", Bar)
+    quantize_model(ARCHITECTURES["opt"](), CALIBRATION, progress=progress)
+    (options,) = bars
+    assert (options["total"], options["unit"]) == (LAYERS, "block")
+    # None: hidden where the output is not a terminal.
+    assert options["disable"] is (None if progress else True)
+    assert updates == {"blocks": LAYERS, "closed": 1}
+
+
+def test_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
+    quantize_model(ARCHITECTURES["opt"](), CALIBRATION)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_public_names() -> None:
+    assert haq.quantize_model is quantize_model
+    assert haq.quantization_report is quantization_report

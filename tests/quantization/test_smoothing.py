@@ -1,0 +1,302 @@
+"""Scales: the formulas in numpy, the laws they keep, and that the search finds the best of them."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from haq.model.blocks import BlockBatch, BlockCall
+from haq.model.groups import Group, find_groups
+from haq.model.producers import Producer
+from haq.quantization.smoothing import (
+    Candidate,
+    ChannelStatistics,
+    candidate_scale,
+    choose_scale,
+    search_candidates,
+)
+
+CHANNELS = 12
+
+
+def inputs_with_outliers(tokens: int = 200, seed: int = 0) -> Tensor:
+    """Float32 ``[tokens, CHANNELS]``: channel 3 is always large, channel 8 once."""
+    inputs = torch.randn(tokens, CHANNELS, generator=torch.Generator().manual_seed(seed))
+    inputs[:, 3] *= 40
+    inputs[tokens // 2, 8] = 60
+    return inputs
+
+
+def statistics_of(*batches: Tensor) -> ChannelStatistics:
+    statistics = ChannelStatistics(batches[0].shape[1])
+    for batch in batches:
+        statistics.update(batch)
+    return statistics
+
+
+# --- Statistics -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_statistics_are_those_of_numpy(dtype: torch.dtype) -> None:
+    inputs = inputs_with_outliers().to(dtype)
+    statistics = statistics_of(inputs)
+    x = np.abs(inputs.float().numpy().astype(np.float64))
+    assert statistics.tokens == len(x)
+    np.testing.assert_array_equal(statistics.maximum.numpy(), x.max(axis=0))
+    np.testing.assert_allclose(statistics.p4.numpy(), np.mean(x**4, axis=0) ** 0.25, rtol=1e-5)
+
+
+@settings(deadline=None)
+@given(edges=st.lists(st.integers(1, 49), max_size=4, unique=True))
+def test_statistics_do_not_depend_on_the_batches(edges: list[int]) -> None:
+    inputs = inputs_with_outliers(50)
+    parts = [part for part in inputs.tensor_split(sorted(edges)) if len(part)]
+    whole, split = statistics_of(inputs), statistics_of(*parts)
+    assert torch.equal(split.maximum, whole.maximum)
+    torch.testing.assert_close(split.p4, whole.p4)
+
+
+# --- Candidates -----------------------------------------------------------------------------------
+
+
+def numpy_scale(candidate: Candidate, maximum: Tensor, p4: Tensor, weight: Tensor) -> np.ndarray:
+    """s, for channels of which none is zero."""
+    a = (p4 if candidate.family == "p4" else maximum).numpy().astype(np.float64)
+    w = weight.numpy().astype(np.float64)
+    if candidate.family == "none":
+        return np.ones_like(a)
+    if candidate.family == "p4":
+        # The lower of the two middle values, as torch has it.
+        floor = 0.1 * np.sort(a * w)[(len(a) - 1) // 2]
+        a = np.maximum(a, floor / w)
+    scale = a**candidate.strength / w ** (1 - candidate.strength)
+    return scale / np.exp(np.log(scale).mean())
+
+
+@pytest.mark.parametrize(
+    "candidate",
+    [*search_candidates(), Candidate("smoothquant", 0.5), Candidate("smoothquant", 0.8)],
+    ids=str,
+)
+def test_scales_are_those_of_numpy(candidate: Candidate) -> None:
+    statistics = statistics_of(inputs_with_outliers())
+    weight = torch.rand(CHANNELS) + 0.1
+    weight[5] = 1e-4  # Small enough for the floor to hold it up.
+    scale = candidate_scale(candidate, statistics, weight)
+    expected = numpy_scale(candidate, statistics.maximum, statistics.p4, weight)
+    np.testing.assert_allclose(scale.numpy(), expected, rtol=1e-5)
+
+
+def test_fixed_smoothing_is_smoothquants_up_to_one_factor() -> None:
+    """Equation 4 of arXiv 2211.10438; a factor common to all channels changes no integer."""
+    statistics = statistics_of(inputs_with_outliers())
+    weight = torch.rand(CHANNELS) + 0.1
+    scale = candidate_scale(Candidate("smoothquant", 0.8), statistics, weight)
+    equation_4 = statistics.maximum**0.8 / weight**0.2
+    ratio = scale / equation_4
+    torch.testing.assert_close(ratio, ratio.mean().expand(CHANNELS))
+
+
+def test_the_search_tries_nothing_first() -> None:
+    candidates = search_candidates()
+    assert candidates[0] == Candidate("none")
+    assert len(set(candidates)) == len(candidates) > 1
+    assert {candidate.family for candidate in candidates[1:]} == {"p4"}
+
+
+@pytest.mark.parametrize(
+    ("candidate", "name"),
+    [
+        (Candidate("none"), "none"),
+        (Candidate("p4", 0.6), "p4 0.6"),
+        (Candidate("smoothquant", 0.75), "smoothquant 0.75"),
+        (Candidate("p4", 1.0), "p4 1"),
+    ],
+)
+def test_candidates_have_short_names(candidate: Candidate, name: str) -> None:
+    assert str(candidate) == name
+
+
+@settings(deadline=None)
+@given(
+    candidate=st.sampled_from([*search_candidates(), Candidate("smoothquant", 0.5)]),
+    dead_inputs=st.lists(st.booleans(), min_size=CHANNELS, max_size=CHANNELS),
+    dead_weights=st.lists(st.booleans(), min_size=CHANNELS, max_size=CHANNELS),
+    exponent=st.integers(-20, 20),
+)
+def test_scales_are_positive_and_finite_and_one_for_dead_inputs(
+    candidate: Candidate, dead_inputs: list[bool], dead_weights: list[bool], exponent: int
+) -> None:
+    dead_input, dead_weight = torch.tensor(dead_inputs), torch.tensor(dead_weights)
+    inputs = inputs_with_outliers().masked_fill(dead_input, 0.0) * 2.0**exponent
+    weight = (torch.arange(CHANNELS) + 1.0).masked_fill(dead_weight, 0.0)
+    scale = candidate_scale(candidate, statistics_of(inputs), weight)
+    assert scale.isfinite().all()
+    assert (scale > 0).all()
+    assert (scale[dead_input | dead_weight] == 1).all()
+
+
+# --- The search -----------------------------------------------------------------------------------
+
+
+class Mlp(nn.Module):
+    """Gate and up on one norm, and down; takes its hidden states by name, as attentions do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(CHANNELS, 20)
+        self.up = nn.Linear(CHANNELS, 20, bias=False)
+        self.down = nn.Linear(20, CHANNELS)
+
+    def forward(self, *, hidden_states: Tensor) -> tuple[Tensor, None]:
+        gate = torch.relu(self.gate(hidden_states))
+        return self.down(gate * self.up(hidden_states)), None
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(CHANNELS)
+        self.mlp = Mlp()
+        # What planted outliers look like: large in the norm, small in what reads it.
+        self.norm.weight.data[3] = 60.0
+        for linear in (self.mlp.gate, self.mlp.up):
+            linear.weight.data[:, 3] /= 60
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        output, _ = self.mlp(hidden_states=self.norm(hidden_states))
+        return hidden_states + output
+
+
+def sample_of(tokens: int = 40) -> list[BlockBatch]:
+    hidden = torch.randn(3, 2, tokens, CHANNELS)
+    mask = torch.ones(2, tokens, dtype=torch.bool)
+    mask[0, :5] = False
+    return [BlockBatch(rows, BlockCall((), {}), mask) for rows in hidden]
+
+
+def quantized(values: np.ndarray) -> np.ndarray:
+    """On the grid, every row with its own scale."""
+    scale = np.abs(values).max(axis=-1, keepdims=True) / 127
+    return np.rint(values / scale) * scale
+
+
+def naive_error(block: Block, sample: list[BlockBatch], scale: Tensor, targets: list[str]) -> float:
+    """Squared error of the MLP's output over real tokens, in float64."""
+
+    def mlp(x: np.ndarray, *, simulate: bool) -> np.ndarray:
+        outputs = {}
+        for name in ("gate", "up"):
+            linear = getattr(block.mlp, name)
+            weight, inputs = linear.weight.detach().double().numpy(), x
+            if simulate and f"mlp.{name}" in targets:
+                s = scale.double().numpy()
+                weight, inputs = quantized(weight * s), quantized(x / s)
+            bias = 0 if linear.bias is None else linear.bias.detach().double().numpy()
+            outputs[name] = inputs @ weight.T + bias
+        hidden = np.maximum(outputs["gate"], 0) * outputs["up"]
+        return hidden @ block.mlp.down.weight.detach().double().numpy().T
+
+    error = 0.0
+    for batch in sample:
+        x = block.norm(batch.hidden)[batch.mask].detach().double().numpy()
+        error += np.square(mlp(x, simulate=True) - mlp(x, simulate=False)).sum()
+    return error
+
+
+def group_of(block: Block, sample: list[BlockBatch]) -> tuple[Group, ChannelStatistics]:
+    group = find_groups(block, sample[0])[0]
+    assert group.consumers == ("mlp.gate", "mlp.up")
+    assert group.scope == "mlp"
+    assert group.producer.name == "norm"
+    inputs = torch.cat([block.norm(batch.hidden)[batch.mask] for batch in sample]).detach()
+    return group, statistics_of(inputs)
+
+
+@pytest.mark.parametrize("targets", [["mlp.gate", "mlp.up"], ["mlp.up"]], ids=["both", "only up"])
+def test_the_candidate_with_the_smallest_error_is_chosen(targets: list[str]) -> None:
+    block, sample = Block(), sample_of()
+    group, statistics = group_of(block, sample)
+    state = copy.deepcopy(block.state_dict())
+    modules = dict(block.named_modules())
+
+    choice = choose_scale(block, group, targets, statistics, sample, search_candidates())
+
+    weight = torch.cat([block.mlp.gate.weight, block.mlp.up.weight]).detach().abs().amax(0)
+    scales = {c: candidate_scale(c, statistics, weight) for c in search_candidates()}
+    errors = {c: naive_error(block, sample, scale, targets) for c, scale in scales.items()}
+    assert choice.candidate == min(errors, key=errors.get)
+    torch.testing.assert_close(choice.scale, scales[choice.candidate], rtol=0, atol=0)
+    # The outlier channel costs most of the error, and the best scale takes most of it back.
+    assert errors[choice.candidate] < 0.1 * errors[Candidate("none")]
+    # Nothing is left of the trials.
+    assert dict(block.named_modules()) == modules
+    torch.testing.assert_close(block.state_dict(), state, rtol=0, atol=0)
+    assert not any(module._forward_hooks for module in block.modules())
+
+
+def test_the_first_of_equals_wins() -> None:
+    block, sample = Block(), sample_of()
+    group, statistics = group_of(block, sample)
+    candidates = [Candidate("none", 0.1), Candidate("none", 0.2)]
+    choice = choose_scale(block, group, group.consumers, statistics, sample, candidates)
+    assert choice.candidate == candidates[0]
+
+
+def test_a_single_candidate_is_taken_without_a_trial() -> None:
+    block, sample = Block(), sample_of()
+    group, statistics = group_of(block, sample)
+    candidate = Candidate("smoothquant", 0.5)
+    choice = choose_scale(block, group, group.consumers, statistics, [], [candidate])
+    assert choice.candidate == candidate
+    weight = torch.cat([block.mlp.gate.weight, block.mlp.up.weight]).abs().amax(0)
+    torch.testing.assert_close(choice.scale, candidate_scale(candidate, statistics, weight))
+
+
+def test_channels_of_one_row_get_the_largest_of_their_scales() -> None:
+    """Two heads read each value row: what is folded into the row reaches both."""
+    block, sample = Block(), sample_of()
+    group, statistics = group_of(block, sample)
+    rows = torch.tensor([0, 1, 2, 0, 1, 2, 4, 5, 6, 4, 5, 6])
+    shared = Group(group.consumers, Producer("norm", rows), group.scope)
+    candidate = Candidate("p4", 0.5)
+    choice = choose_scale(block, shared, group.consumers, statistics, sample, [candidate])
+    own = choose_scale(block, group, group.consumers, statistics, sample, [candidate]).scale
+    expected = [max(own[rows == row]) for row in rows]
+    assert choice.scale.tolist() == [value.item() for value in expected]
+
+
+def test_padding_has_no_say() -> None:
+    block, sample = Block(), sample_of()
+    group, statistics = group_of(block, sample)
+    noisy = [
+        BlockBatch(
+            torch.where(batch.mask[..., None], batch.hidden, 1e3 * torch.randn_like(batch.hidden)),
+            batch.call,
+            batch.mask,
+        )
+        for batch in sample
+    ]
+    arguments = (block, group, group.consumers, statistics)
+    choice = choose_scale(*arguments, sample, search_candidates())
+    assert choose_scale(*arguments, noisy, search_candidates()).candidate == choice.candidate
+
+
+def test_a_trial_that_fails_leaves_the_block() -> None:
+    block, sample = Block(), sample_of()
+    group, statistics = group_of(block, sample)
+    modules = dict(block.named_modules())
+
+    def interrupt(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if not isinstance(block.mlp.gate, nn.Linear):
+            raise KeyboardInterrupt
+
+    block.mlp.down.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        choose_scale(block, group, group.consumers, statistics, sample, search_candidates())
+    assert dict(block.named_modules()) == modules
