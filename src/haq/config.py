@@ -23,8 +23,9 @@ class QuantizationConfig:
         damping: fraction of the Hessian's mean diagonal that is added to its diagonal. It grows by
             itself where a factorization fails.
         exclude: names of modules that stay float, as shell-style patterns over the model's module
-            names: "lm_head", "*.down_proj", "model.layers.0.*". A pattern that matches no module is
-            an error, except in the default.
+            names: ``lm_head``, ``*.down_proj``, ``model.layers.0``. What is inside a module that
+            matches stays float with it. A pattern that matches nothing is an error, except in
+            the default.
         search_tokens: about how many calibration tokens the search for scales is judged on. The
             channel statistics always see all of them.
 
@@ -32,7 +33,7 @@ class QuantizationConfig:
         ValueError: an option is unknown or a number is out of range.
         TypeError: an attribute has the wrong type.
 
-    Example:
+    Examples:
         >>> QuantizationConfig(smoothing="fixed", smoothing_strength=0.8).rounding
         'hessian'
     """
@@ -65,7 +66,7 @@ class QuantizationConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for `json.dumps`.
 
-        Example:
+        Examples:
             >>> QuantizationConfig(damping=0.1).to_dict()["damping"]
             0.1
         """

@@ -53,7 +53,7 @@ class Documents:
     def join(self, start: int = 0, stop: int | None = None) -> str:
         """The text of pieces ``start`` to ``stop``, exclusive.
 
-        Example:
+        Examples:
             >>> Documents(["one", "two", "three"], separator=" ").join(1)
             'two three'
         """
@@ -76,7 +76,7 @@ def read_documents(source: TextSource, corpora: Mapping[str, Corpus]) -> Documen
         FileNotFoundError: if the file does not exist.
         RuntimeError: if a corpus cannot be loaded from the hub.
 
-    Example:
+    Examples:
         >>> read_documents(["A cat.", {"text": "A mat."}], {}).join()
         'A cat.\\n\\nA mat.'
     """

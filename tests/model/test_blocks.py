@@ -1,5 +1,7 @@
 """Blocks run alone, from what was caught, must do what they do inside the model: the same bits."""
 
+from typing import ClassVar
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -155,6 +157,23 @@ def test_blocks_that_look_at_each_other_are_refused() -> None:
     with pytest.raises(ValueError, match="changes the hidden states between blocks 0 and 1"):
         capture_block_inputs(model, model.blocks, [{"input_ids": token_ids(1, 4)}])
     assert [type(block) for block in model.blocks] == [Residual] * 3
+
+
+def test_a_model_may_look_at_a_block_before_it_calls_it() -> None:
+    """Some choose a mask by an attribute of the block."""
+
+    class Looks(ToyModel):
+        seen: ClassVar[list[object]] = []
+
+        def forward(self, input_ids: Tensor, **options: object) -> Tensor:
+            self.seen += [block.activation for block in self.blocks]
+            return super().forward(input_ids, **options)
+
+    model = Looks()
+    model.blocks[1].activation = torch.abs
+    capture_block_inputs(model, model.blocks, [{"input_ids": token_ids(1, 4)}])
+    # Once with the first block itself, once with a stand-in for each.
+    assert Looks.seen == [torch.relu, torch.abs] * 2
 
 
 def test_a_model_that_does_not_run_all_its_blocks_is_refused() -> None:

@@ -643,15 +643,14 @@ def test_a_compiled_model_gives_the_same_logits(name: str, backend: str) -> None
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
-@pytest.mark.parametrize("name", ["opt", "llama"])
-def test_inductor_compiles_a_model(name: str) -> None:
+def test_inductor_compiles_a_model() -> None:
     cpp_builder = pytest.importorskip("torch._inductor.cpp_builder")
     try:
         cpp_builder.get_cpp_compiler()
     except RuntimeError:
         pytest.skip("inductor needs a C++ compiler")
     torch.compiler.reset()
-    model, ids = quantized(name), token_ids(2, 24, seed=99)
+    model, ids = quantized("llama"), token_ids(2, 24, seed=99)
     got = logits_of(torch.compile(model, backend="inductor"), ids)
     # It adds in another order, and an input between two integers may go the other way.
     torch.testing.assert_close(got, logits_of(model, ids), rtol=0, atol=5e-3)

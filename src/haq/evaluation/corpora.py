@@ -41,7 +41,7 @@ def evaluation_tokens(tokenizer: Callable[..., Any], source: TextSource) -> Tens
         FileNotFoundError: if the file does not exist.
         RuntimeError: if a corpus cannot be loaded from the hub.
 
-    Example:
+    Examples:
         >>> def letters(text, **options):  # stands for a tokenizer
         ...     return {"input_ids": [ord(letter) for letter in text]}
         >>> evaluation_tokens(letters, ["ab", "c"])

@@ -97,7 +97,7 @@ def perplexity(
             positions.
         RuntimeError: if a logit is NaN, or the model is on the meta device.
 
-    Example:
+    Examples:
         A model that knows nothing is as perplexed as its vocabulary is large.
 
         >>> from transformers import LlamaConfig, LlamaForCausalLM

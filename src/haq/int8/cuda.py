@@ -50,7 +50,7 @@ class PaddedWeight:
 def zero_pad(matrix: Tensor, rows: int, columns: int) -> Tensor:
     """``matrix`` with zero rows below and zero columns to the right, or itself if it fits already.
 
-    Example:
+    Examples:
         >>> zero_pad(torch.ones(1, 2), 2, 3)
         tensor([[1., 1., 0.],
                 [0., 0., 0.]])

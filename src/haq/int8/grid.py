@@ -29,7 +29,7 @@ def row_scale(values: Tensor) -> Tensor:
     Returns:
         float32 ``[..., 1]``, strictly positive for finite input. Rows of zeros get 1.
 
-    Example:
+    Examples:
         >>> row_scale(torch.tensor([[0.0, -2.54], [0.0, 0.0]]))
         tensor([[0.0200],
                 [1.0000]])
@@ -49,7 +49,7 @@ def quantize(values: Tensor, scale: Tensor) -> Tensor:
     Returns:
         int8, the shape of ``values``. Values beyond the grid's ends are clamped to them.
 
-    Example:
+    Examples:
         >>> quantize(torch.tensor([[0.0, 0.25, -1.0]]), torch.tensor([[0.1]]))
         tensor([[  0,   2, -10]], dtype=torch.int8)
     """
@@ -66,7 +66,7 @@ def quantize_rows(values: Tensor) -> tuple[Tensor, Tensor]:
         int8 ``[..., K]`` and its float32 scale ``[..., 1]``. The error of every element is at most
         half of its row's scale.
 
-    Example:
+    Examples:
         >>> quantize_rows(torch.tensor([[1.27, -0.5]]))
         (tensor([[127, -50]], dtype=torch.int8), tensor([[0.0100]]))
     """
@@ -81,7 +81,7 @@ def dequantize(integers: Tensor, scale: Tensor) -> Tensor:
         integers: int8 ``[..., K]``.
         scale: float32 that broadcasts against ``integers``.
 
-    Example:
+    Examples:
         >>> dequantize(torch.tensor([[127, -50]], dtype=torch.int8), torch.tensor([[0.5]]))
         tensor([[ 63.5000, -25.0000]])
     """
@@ -100,7 +100,7 @@ def fake_quantize_rows(values: Tensor) -> Tensor:
     Returns:
         The shape and dtype of ``values``.
 
-    Example:
+    Examples:
         >>> fake_quantize_rows(torch.tensor([[127.0, 0.4, -3.6]]))
         tensor([[127.,   0.,  -4.]])
     """

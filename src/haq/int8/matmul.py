@@ -70,7 +70,7 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tenso
     Returns:
         ``[..., N]``, dtype of ``x``. A token that holds NaN gives NaN, in its own row only.
 
-    Example:
+    Examples:
         >>> weight = pack(torch.tensor([[127, 0], [1, 1]], dtype=torch.int8), torch.ones(2, 1))
         >>> linear(torch.tensor([[127.0, 2.4]]), weight)
         tensor([[16129.,   129.]])
@@ -121,7 +121,7 @@ def use_backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: the name is unknown.
 
-    Example:
+    Examples:
         >>> with use_backend("reference"):
         ...     pack(torch.ones(1, 1, dtype=torch.int8), torch.ones(1, 1)).backend
         'reference'
@@ -239,7 +239,7 @@ class BackendTable(tuple[BackendStatus, ...]):
 def backends() -> BackendTable:
     """Which products this machine has, which of them are exact, which one is used and why.
 
-    Example:
+    Examples:
         >>> next(status.exact for status in backends() if status.name == "reference")
         True
     """

@@ -79,7 +79,7 @@ def int_product(a: Tensor, b: Tensor) -> Tensor:
     Returns:
         int32 ``[M, N]``: ``a @ b.T``. Below K = 131 072 no sum can leave int32.
 
-    Example:
+    Examples:
         >>> int_product(torch.tensor([[127, -128]]).char(), torch.tensor([[2, -1], [0, 1]]).char())
         tensor([[ 382, -128]], dtype=torch.int32)
     """
@@ -105,7 +105,7 @@ def difference(pack: Callable[[Tensor, Tensor], PackedWeight], device: torch.dev
         pack: weight int8 ``[N, K]`` and scale float32 ``[N, 1]`` to a packed weight.
         device: where to multiply. The expected sums are always taken on the CPU.
 
-    Example:
+    Examples:
         >>> difference(pack, torch.device("cpu"))
         ''
     """

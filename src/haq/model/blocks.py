@@ -79,7 +79,7 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     Raises:
         ValueError: if the model declares no block class, or no list holds only such blocks.
 
-    Example:
+    Examples:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8,
         ...                      num_hidden_layers=3, num_attention_heads=2)
@@ -206,7 +206,8 @@ class _Recorder:
     def note(self, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self.calls:
             self.hidden = hidden.detach()
-        elif hidden.data_ptr() != self.hidden.data_ptr():
+        same_memory = hidden.data_ptr() == self.hidden.data_ptr()
+        if not same_memory or hidden.shape != self.hidden.shape:
             raise ValueError(
                 f"`model` must hand each block the output of the one before, but it changes the "
                 f"hidden states between blocks {len(self.calls) - 1} and {len(self.calls)}: haq "

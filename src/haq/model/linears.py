@@ -29,7 +29,7 @@ def weight_of(module: nn.Module) -> Tensor:
 def weight_view(module: nn.Module) -> Tensor:
     """The weight as ``[N, K]``, sharing memory with the module: writing to it writes to the module.
 
-    Example:
+    Examples:
         >>> weight_view(Conv1D(nf=3, nx=2)).shape
         torch.Size([3, 2])
     """
@@ -46,7 +46,7 @@ def bias_view(module: nn.Module) -> Tensor | None:
 def linears(block: nn.Module) -> dict[str, nn.Module]:
     """The linear modules of a block by name, in registration order.
 
-    Example:
+    Examples:
         >>> list(linears(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))))
         ['0', '2']
     """

@@ -40,7 +40,7 @@ class Int8Linear(nn.Module):
         TypeError: a tensor has another dtype.
         ValueError: a tensor has another shape, or a scale is not finite and positive.
 
-    Example:
+    Examples:
         >>> layer = Int8Linear(torch.tensor([[127, 1]], dtype=torch.int8), torch.tensor([[0.5]]))
         >>> layer(torch.tensor([[[127.0, -1.0], [0.0, 0.0]]]))
         tensor([[[8064.],
@@ -70,7 +70,7 @@ class Int8Linear(nn.Module):
             TypeError: a tensor is not float.
             ValueError: the weight is not a matrix, or the weight or bias holds NaN or infinity.
 
-        Example:
+        Examples:
             >>> layer = Int8Linear.from_float(torch.tensor([[1.27, -0.63]]))
             >>> layer.weight
             tensor([[127, -63]], dtype=torch.int8)

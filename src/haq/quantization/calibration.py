@@ -64,7 +64,7 @@ def calibration_batches(
         FileNotFoundError: if the file does not exist.
         RuntimeError: if a corpus cannot be loaded from the hub.
 
-    Example:
+    Examples:
         >>> def letters(text, **options):  # stands for a tokenizer
         ...     return {"input_ids": [ord(letter) - ord("a") for letter in text.strip()]}
         >>> calibration_batches(letters, ["abcdefgh"], num_samples=2, sequence_length=3)

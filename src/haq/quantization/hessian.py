@@ -26,7 +26,7 @@ _DIAGONAL_FLOORS = (1e-6, 1e-5, 1e-4, 1e-3)
 class SecondMoment:
     """Accumulates H over batches: float32 ``[K, K]``, the mean over the tokens seen.
 
-    Example:
+    Examples:
         >>> moment = SecondMoment(2)
         >>> moment.update(torch.tensor([[1.0, 2.0], [3.0, 0.0]]))
         >>> moment.mean()
@@ -78,7 +78,7 @@ def inverse_factor(hessian: Tensor, damping: float) -> InverseFactor | None:
     Returns:
         The factor, or None if nothing made the matrix positive definite.
 
-    Example:
+    Examples:
         >>> inverse_factor(torch.tensor([[4.0, 0.0], [0.0, 0.0]]), damping=1e-9).upper
         tensor([[0.5000, 0.0000],
                 [0.0000, 1.0000]])

@@ -53,7 +53,7 @@ def quantize_model(
         ValueError: an argument cannot be worked with; the message says why and what to do.
         RuntimeError: NaN or infinity appeared in an activation; the message names the layer.
 
-    Example:
+    Examples:
         >>> from transformers import OPTConfig, OPTForCausalLM
         >>> config = OPTConfig(vocab_size=64, hidden_size=16, ffn_dim=32, num_hidden_layers=2,
         ...                    num_attention_heads=2, word_embed_proj_dim=16)

@@ -173,7 +173,7 @@ def quantization_report(model: PreTrainedModel) -> QuantizationReport:
     Raises:
         ValueError: haq did not quantize this model.
 
-    Example:
+    Examples:
         >>> quantization_report(quantized_model)  # doctest: +SKIP
         layer                          shape      smoothing  rounding  tokens   before    after
         ...

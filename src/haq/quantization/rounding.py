@@ -47,7 +47,7 @@ def round_with_compensation(weight: Tensor, scale: Tensor, upper: Tensor) -> Ten
     Returns:
         int8 ``[N, K]``.
 
-    Example:
+    Examples:
         The two inputs are always equal, so rounding 0.4 down by 0.4 is repaid by rounding the
         second 0.4 up. Their sum, which is all that the output sees, is 0.8 before and 1 after; to
         nearest it would be 0.

@@ -20,7 +20,7 @@ def excluded_modules(model: nn.Module, patterns: Sequence[str]) -> frozenset[str
         model: any module.
         patterns: shell-style patterns over full module names.
 
-    Example:
+    Examples:
         >>> model = nn.ModuleDict({"a": nn.Sequential(nn.Linear(1, 1)), "b": nn.Linear(1, 1)})
         >>> sorted(excluded_modules(model, ["a"]))
         ['a', 'a.0']
