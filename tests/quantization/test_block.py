@@ -17,7 +17,7 @@ from haq.quantization.block import quantize_block
 from haq.quantization.hessian import InverseFactor
 from haq.quantization.report import LayerReport
 
-HIDDEN, INNER = 8, 12
+HIDDEN, INNER = 16, 64
 PLAIN = QuantizationConfig(smoothing="none")
 NEAREST = QuantizationConfig(smoothing="none", rounding="nearest")
 CONFIGS = {"default": QuantizationConfig(), "unsmoothed": PLAIN, "nearest": NEAREST}
@@ -43,14 +43,16 @@ class Block(nn.Module):
 
 
 def batches_of(count: int = 3, tokens: int = 40, dtype: torch.dtype = torch.float32) -> list:
-    """Batches of two rows, one of them padded; channels that are correlated."""
-    mix = torch.randn(HIDDEN, HIDDEN)
+    """Batches of two rows, one of them padded; channels that share a few directions."""
+    mix = torch.randn(HIDDEN // 4, HIDDEN)
     mask = torch.ones(2, tokens, dtype=torch.bool)
     mask[1, :4] = False
-    return [
-        BlockBatch((torch.randn(2, tokens, HIDDEN) @ mix).to(dtype), BlockCall((), {}), mask)
-        for _ in range(count)
-    ]
+
+    def hidden() -> Tensor:
+        noise = 0.1 * torch.randn(2, tokens, HIDDEN)
+        return (torch.randn(2, tokens, HIDDEN // 4) @ mix + noise).to(dtype)
+
+    return [BlockBatch(hidden(), BlockCall((), {}), mask) for _ in range(count)]
 
 
 def real_tokens(batches: list[BlockBatch]) -> Tensor:
@@ -99,25 +101,37 @@ def compensated(weight: np.ndarray, inputs: np.ndarray, damping: float) -> np.nd
     return integers
 
 
-@pytest.mark.parametrize("damping", [0.01, 0.3])
+@pytest.mark.parametrize("damping", [0.001, 0.003])
 def test_hessians_are_those_of_quantized_inputs_of_the_quantized_block(damping: float) -> None:
     block, batches = Block(), batches_of()
+    with torch.no_grad():
+        block.norm.weight[3] *= 30  # An outlier: it takes digits from the other channels.
     config = QuantizationConfig(smoothing="none", damping=damping)
     result, _ = quantize_block(block, batches, config, "blocks.0")
 
     gate, up, down = (numpy_of(module.weight) for module in (block.gate, block.up, block.down))
-    x = quantized(numpy_of(block.norm(real_tokens(batches))))
+    float_x = numpy_of(block.norm(real_tokens(batches)))
+    x = quantized(float_x)
+
+    def inner(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+        return np.maximum(x @ gate.T + numpy_of(block.gate.bias), 0) * (x @ up.T)
+
     # `down` reads what `gate` and `up` make when they are rounded to nearest.
-    gated = x @ quantized(gate).T + numpy_of(block.gate.bias)
-    inner = quantized(np.maximum(gated, 0) * (x @ quantized(up).T))
+    inner_of_nearest = inner(quantized(gate), quantized(up))
     expected = {
         "gate": compensated(gate, x, damping),
         "up": compensated(up, x, damping),
-        "down": compensated(down, inner, damping),
+        "down": compensated(down, quantized(inner_of_nearest), damping),
     }
+    # With a simpler Hessian many integers are others.
+    assert np.sum(compensated(gate, float_x, damping) != expected["gate"]) > 10
+    assert np.sum(compensated(down, inner_of_nearest, damping) != expected["down"]) > 10
+    of_float = compensated(down, quantized(inner(gate, up)), damping)
+    assert np.sum(of_float != expected["down"]) > 10
     for name, integers in expected.items():
         layer = result.get_submodule(name)
-        np.testing.assert_array_equal(layer.weight.numpy(), integers, err_msg=name)
+        # A weight halfway between two of them may go the other way in float32.
+        assert np.sum(layer.weight.numpy() != integers) <= 2
         weight = numpy_of(block.get_submodule(name).weight)
         np.testing.assert_allclose(layer.weight_scale.numpy(), grid_scale(weight), rtol=1e-6)
     assert torch.equal(result.gate.bias, block.gate.bias)
@@ -220,7 +234,7 @@ def test_the_search_names_the_family_it_chose() -> None:
     _, layers = quantize_block(Block(), batches_of(), QuantizationConfig(), "blocks.0")
     families = {layer.name: layer.smoothing for layer in layers}
     assert families["blocks.0.gate"] == families["blocks.0.up"]
-    assert all(family == "none" or family.startswith("p4 0.") for family in families.values())
+    assert all(family == "none" or family.startswith("p4 ") for family in families.values())
 
 
 def test_a_layer_without_a_producer_has_no_smoothing() -> None:
