@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from haq.int8 import cpu, grid, matmul, reference
+from haq.int8 import cpu, grid, matmul, reference, speed
 
 Pack = Callable[[Tensor, Tensor], matmul.PackedWeight]
 RandomWeight = Callable[[int, int], tuple[Tensor, Tensor]]
@@ -330,9 +330,52 @@ def test_the_table_says_which_and_why() -> None:
     assert [status.name for status in on_cpu] == ["fbgemm", "onednn", "int_mm", "reference"]
     assert [status.tokens for status in on_cpu].count("all") == 1
     assert [bool(status.reason) for status in on_cpu].count(False) == 1
-    first_exact = next(status for status in on_cpu if status.exact)
-    assert first_exact.tokens == "all"
-    assert matmul.pack(*one_by_one()).backend == first_exact.name
+    used = next(status for status in on_cpu if status.tokens == "all")
+    assert used.exact
+    assert matmul.pack(*one_by_one()).backend == used.name
+
+
+@pytest.fixture
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that has not timed its backends, in which four elements are worth it."""
+    monkeypatch.setattr(matmul, "_measured_seconds", {})
+    monkeypatch.setattr(matmul, "_WORTH_MEASURING", 4)
+    if not all(status_of(name).exact for name in matmul._RIVALS):
+        pytest.skip("only one of fbgemm and oneDNN is exact on this machine")
+    matmul._measured_seconds.clear()
+
+
+@pytest.mark.usefixtures("unmeasured")
+@pytest.mark.parametrize("faster", matmul._RIVALS)
+def test_the_faster_rival_packs_large_weights(faster: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopwatch(packs: dict[str, Pack]) -> dict[str, float]:
+        timed.append(set(packs))
+        return {name: 1.0 if name == faster else 1.5 for name in packs}
+
+    timed: list[set[str]] = []
+    monkeypatch.setattr(matmul.speed, "seconds_per_product", stopwatch)
+    assert matmul.pack(*one_by_one()).backend == matmul.BACKENDS[0].name
+    assert timed == []  # One element is not worth it.
+    large = (torch.ones(2, 2, dtype=torch.int8), torch.ones(2, 1))
+    assert [matmul.pack(*large).backend for _ in range(2)] == [faster, faster]
+    assert timed == [set(matmul._RIVALS)]  # once
+    (slower,) = set(matmul._RIVALS) - {faster}
+    assert status_of(slower).reason == f"measured: takes 1.50 times as long as {faster}"
+    with matmul.use_backend(slower):
+        assert matmul.pack(*large).backend == slower
+
+
+def test_products_are_timed_on_weights_that_are_not_the_same_memory() -> None:
+    packed = []
+
+    def pack(weight: Tensor, scale: Tensor) -> matmul.PackedWeight:
+        packed.append(matmul.BACKENDS[0].pack(weight, scale))
+        return packed[-1]
+
+    seconds = speed.seconds_per_product({"one": pack, "other": pack})
+    assert set(seconds) == {"one", "other"}
+    assert all(0 < value < 10 for value in seconds.values())
+    assert len(packed) == 2 * speed._COPIES
 
 
 def test_the_table_is_there_when_what_was_asked_for_is_not(

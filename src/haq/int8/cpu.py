@@ -64,7 +64,7 @@ class OneDnnWeight:
 
     def product(self, rounded: Tensor) -> Tensor:
         product: Tensor = self._linear(
-            rounded.add_(_ZERO_POINT).to(torch.uint8),
+            rounded.to(torch.int8).bitwise_xor_(-_ZERO_POINT).view(torch.uint8),  # q + 128
             1.0,  # scale and zero point of the input
             _ZERO_POINT,
             self._packed,

@@ -11,7 +11,8 @@ where they saturate. So no backend is believed. Each is compared with int64 arit
 integers before its first use in a process, and is passed over if a single one differs.
 
 A weight has the layout of the backend that packed it, and exists once. The choice is therefore made
-when it is packed, and one backend serves every number of tokens.
+when it is packed, and one backend serves every number of tokens. Which of the exact ones is fastest
+depends on the processor: it is measured when the first weight of a real model's size is packed.
 """
 
 import contextlib
@@ -24,7 +25,7 @@ from dataclasses import astuple, dataclass
 import torch
 from torch import Tensor
 
-from haq.int8 import cpu, cuda, grid, reference
+from haq.int8 import cpu, cuda, grid, reference, speed
 from haq.int8.reference import PackedWeight
 
 MAX_IN_FEATURES = (2**31 - 1) // (127 * 128)
@@ -58,6 +59,13 @@ BACKENDS = (
 )
 """In order of preference: the first exact one that runs on the weight's device packs it."""
 
+_RIVALS = ("fbgemm", "onednn")
+"""Backends of the CPU whose order is measured: each is the faster one on some machine."""
+
+# Weights with fewer elements are packed in the fixed order until a larger one came: a tiny model
+# must not wait half a second to learn what it would not notice.
+_WORTH_MEASURING = 2**20
+
 
 def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
     """The W8A8 product of this module's formula: every token is given its scale as it arrives.
@@ -75,17 +83,43 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tenso
         >>> linear(torch.tensor([[127.0, 2.4]]), weight)
         tensor([[16129.,   129.]])
     """
-    # Eager torch pays microseconds per operation, as much as the product of a small weight itself:
-    # this is the shortest chain that keeps the grid's integers.
     tokens = x.reshape(-1, x.shape[-1]).contiguous()  # [T, K]
-    if tokens.dtype == torch.float64:
-        tokens = tokens.float()
-    scale = grid.row_scale(tokens)  # [T, 1] float32
-    rounded = (tokens / scale).round_()  # [T, K] float32, the integers of grid.quantize
+    rounded, scale = round_tokens(tokens)
     product = weight.product(rounded).mul_(scale)  # [T, N] float32
     if bias is not None:
         product.add_(bias)
     return product.to(x.dtype).view(*x.shape[:-1], product.shape[-1])
+
+
+def round_tokens(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """The integers of every token, as floats, and its scale.
+
+    Eager torch pays microseconds per operation, as much as the product of a small weight itself,
+    and each new tensor of a long prompt costs more than what is computed in it: this is the
+    shortest chain, mostly in place, to the integers of `grid.quantize_rows`. A token of zeros gets
+    another scale here than there, which makes its zeros no different.
+
+    Args:
+        tokens: float ``[T, K]``, contiguous; unchanged.
+
+    Returns:
+        float32 ``[T, K]`` of integers in [-127, 127], a new tensor, and float32 ``[T, 1]``.
+
+    Examples:
+        >>> round_tokens(torch.tensor([[1.27, -0.5]]))
+        (tensor([[127., -50.]]), tensor([[0.0100]]))
+    """
+    if tokens.dtype == torch.float32:
+        scale = _token_scale(tokens)
+        return (tokens / scale).round_(), scale
+    values = tokens.float()
+    scale = _token_scale(values)
+    return values.div_(scale).round_(), scale
+
+
+def _token_scale(values: Tensor) -> Tensor:
+    largest = values.abs().amax(-1, keepdim=True)
+    return largest.clamp_(min=grid.SMALLEST_SCALE * grid.QMAX).div_(grid.QMAX)
 
 
 def pack(weight: Tensor, scale: Tensor) -> PackedWeight:
@@ -105,7 +139,8 @@ def pack(weight: Tensor, scale: Tensor) -> PackedWeight:
     """
     if weight.is_meta:  # Nothing to compute with yet: the shape waits for its numbers.
         return reference.pack(weight, scale)
-    return _choose(weight.device.type).pack(weight, scale)
+    measure = weight.device.type == "cpu" and weight.numel() >= _WORTH_MEASURING
+    return _choose(weight.device.type, measure).pack(weight, scale)
 
 
 @contextlib.contextmanager
@@ -151,11 +186,13 @@ def _known(name: str, source: str) -> str:
     return name
 
 
-def _choose(device_type: str) -> Backend:
+def _choose(device_type: str, measure: bool = False) -> Backend:
     """The backend that was asked for, else the first exact one."""
     asked = _asked_for()
+    if measure and asked is None:
+        _measure_rivals()
     reasons = []
-    for backend in BACKENDS:
+    for backend in _in_order():
         if backend.runs_on(device_type) and asked in (None, backend.name):
             verdict = _verdict(backend, device_type)
             if verdict.exact:
@@ -165,6 +202,25 @@ def _choose(device_type: str) -> Backend:
         raise RuntimeError(f"No int8 product is exact on {device_type!r} devices: {reasons}.")
     reason = reasons[0] if reasons else f"it does not run on {device_type!r} devices"
     raise RuntimeError(f"The int8 backend {asked!r} was asked for and cannot be used: {reason}.")
+
+
+_measured_seconds: dict[str, float] = {}
+_measuring_lock = threading.Lock()
+
+
+def _measure_rivals() -> None:
+    """Time the rivals, once per process, if there is a choice between them."""
+    with _measuring_lock:
+        rivals = [b for b in BACKENDS if b.name in _RIVALS and _verdict(b, "cpu").exact]
+        if not _measured_seconds and len(rivals) > 1:
+            _measured_seconds.update(speed.seconds_per_product({b.name: b.pack for b in rivals}))
+
+
+def _in_order() -> list[Backend]:
+    """All backends, the measured ones by their seconds; the fixed order where nothing is known."""
+    return sorted(
+        BACKENDS, key=lambda b: (b.name not in _RIVALS, _measured_seconds.get(b.name, 0.0))
+    )
 
 
 @dataclass(frozen=True)
@@ -239,6 +295,9 @@ class BackendTable(tuple[BackendStatus, ...]):
 def backends() -> BackendTable:
     """Which products this machine has, which of them are exact, which one is used and why.
 
+    The first call of a process measures them, unless a weight of at least a million elements was
+    packed before; that takes about half a second.
+
     Examples:
         >>> next(status.exact for status in backends() if status.name == "reference")
         True
@@ -249,7 +308,7 @@ def backends() -> BackendTable:
 
 def _statuses(device_type: str) -> Iterator[BackendStatus]:
     try:
-        chosen = _choose(device_type)
+        chosen = _choose(device_type, measure=device_type == "cpu")
         why_another = f"{chosen.name} " + ("was asked for" if _asked_for() else "comes first")
     except RuntimeError:  # What was asked for cannot be used: that is what the table is to tell.
         chosen = None
@@ -264,8 +323,17 @@ def _statuses(device_type: str) -> Iterator[BackendStatus]:
                 available=verdict.available,
                 exact=verdict.exact,
                 tokens="all" if used else "none",
-                reason=verdict.reason or ("" if used else why_another),
+                reason=verdict.reason or ("" if used else _slower(backend) or why_another),
             )
+
+
+def _slower(backend: Backend) -> str:
+    """How much longer a backend takes than the fastest one, if that was measured and decided."""
+    if _asked_for() or backend.device_type != "cpu" or backend.name not in _measured_seconds:
+        return ""
+    fastest = min(_measured_seconds, key=lambda name: _measured_seconds[name])
+    times = _measured_seconds[backend.name] / _measured_seconds[fastest]
+    return f"measured: takes {times:.2f} times as long as {fastest}"
 
 
 def _cell(value: str | bool) -> str:
