@@ -17,6 +17,7 @@ def test_the_defaults() -> None:
         "smoothing_strength": 0.5,
         "rounding": "hessian",
         "damping": 0.01,
+        "asymmetric_inputs": True,
         "exclude": ("lm_head",),
         "search_tokens": 1024,
     }

@@ -10,17 +10,26 @@ from importlib.metadata import PackageNotFoundError, version
 from haq.config import QuantizationConfig
 from haq.evaluation import Comparison, compare, evaluation_tokens, perplexity
 from haq.int8.matmul import backends, use_backend
-from haq.nn import Int8Linear
+from haq.nn import Int8Experts, Int8Linear
 from haq.quantization.calibration import calibration_batches
 from haq.quantization.pipeline import quantize_model
-from haq.quantization.report import LayerReport, QuantizationReport, quantization_report
+from haq.quantization.report import (
+    BlockReport,
+    LayerReport,
+    QuantizationReport,
+    RoutingReport,
+    quantization_report,
+)
 
 __all__ = [
+    "BlockReport",
     "Comparison",
+    "Int8Experts",
     "Int8Linear",
     "LayerReport",
     "QuantizationConfig",
     "QuantizationReport",
+    "RoutingReport",
     "backends",
     "calibration_batches",
     "compare",

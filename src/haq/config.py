@@ -22,6 +22,9 @@ class QuantizationConfig:
             weight to its nearest integer.
         damping: fraction of the Hessian's mean diagonal that is added to its diagonal. It grows by
             itself where a factorization fails.
+        asymmetric_inputs: give tokens a zero point where that removes a fifth of a layer's error or
+            more: after an activation, as a rule. It changes how inputs are rounded when the model
+            runs here, not the weights; other runtimes can round symmetrically.
         exclude: names of modules that stay float, as shell-style patterns over the model's module
             names: ``lm_head``, ``*.down_proj``, ``model.layers.0``. What is inside a module that
             matches stays float with it. A pattern that matches nothing is an error, except in
@@ -42,6 +45,7 @@ class QuantizationConfig:
     smoothing_strength: float = 0.5
     rounding: Rounding = "hessian"
     damping: float = 0.01
+    asymmetric_inputs: bool = True
     exclude: tuple[str, ...] = ("lm_head",)
     search_tokens: int = 1024
 
@@ -50,6 +54,10 @@ class QuantizationConfig:
         _check_choice("rounding", self.rounding, get_args(Rounding))
         _check_number("smoothing_strength", self.smoothing_strength, 0, 1)
         _check_number("damping", self.damping, 0, 1, above=True)
+        if not isinstance(self.asymmetric_inputs, bool):
+            raise TypeError(
+                f"`asymmetric_inputs` must be True or False, got {self.asymmetric_inputs!r}."
+            )
         is_sequence = isinstance(self.exclude, Sequence) and not isinstance(self.exclude, str)
         if not is_sequence or not all(isinstance(p, str) for p in self.exclude):
             raise TypeError(

@@ -1,14 +1,17 @@
 """The groups of every architecture, against what its source in `transformers` says."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
-from haq.model.blocks import capture_block_inputs, find_blocks
-from haq.model.groups import find_groups
-from haq.model.producers import fold
+from haq.model.blocks import BlockBatch, capture_block_inputs, find_blocks, run_block
+from haq.model.experts import fused_experts, unfuse
+from haq.model.folding import fold
+from haq.model.groups import Group, find_groups
 from tests.architectures import ARCHITECTURES, HIDDEN, INNER, token_ids
 from tests.model.toys import HIDDEN as TOY_HIDDEN
 from tests.model.toys import Residual, batch_of
@@ -243,3 +246,88 @@ def test_a_linear_that_never_ran_is_in_no_group() -> None:
     block.unused = nn.Linear(TOY_HIDDEN, TOY_HIDDEN)
     groups = find_groups(block, batch_of(torch.randn(1, 9, TOY_HIDDEN)))
     assert [group.consumers for group in groups] == [("fc1",), ("fc2",)]
+
+
+# --- Mixtures of experts --------------------------------------------------------------------------
+
+
+def qwen2_moe() -> nn.Module:
+    """Experts beside a shared one, which has a gate of its own."""
+    config = Qwen2MoeConfig(
+        vocab_size=64,
+        hidden_size=HIDDEN,
+        moe_intermediate_size=24,
+        shared_expert_intermediate_size=INNER,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=128,
+        initializer_range=0.2,
+    )
+    return Qwen2MoeForCausalLM(config).eval()
+
+
+def groups_of(model: nn.Module, *, unfused: bool) -> tuple[nn.Module, list[Group], BlockBatch]:
+    """The first block, its groups, and the one batch that it was given."""
+    _, blocks = find_blocks(model)
+    inputs = capture_block_inputs(model, blocks, [{"input_ids": token_ids(2, 20) % 64}])
+    block, batch = blocks[0], inputs.of_block(0)[0]
+    if unfused:
+        for name, module in fused_experts(block).items():
+            block.set_submodule(name, unfuse(module))
+    return block, find_groups(block, batch), batch
+
+
+def described(group: Group) -> tuple[tuple[str, ...], tuple[str, ...], str | None, str]:
+    return group.consumers, group.routers, group.producer and group.producer.name, group.scope
+
+
+@pytest.mark.parametrize("unfused", [False, True], ids=["fused", "unfused"])
+def test_experts_share_their_input_with_their_router(
+    unfused: bool, tiny_mixtral: Callable[..., nn.Module]
+) -> None:
+    model = tiny_mixtral()
+    _, groups, _ = groups_of(model, unfused=unfused)
+    o_proj, experts = "self_attn.o_proj", "mlp.experts"
+    assert [described(group) for group in groups] == [
+        (SEPARATE_QKV, (), "input_layernorm", "self_attn"),
+        ((o_proj,), (), "self_attn.v_proj", o_proj),
+        # The experts run last in the MLP, and their output is the MLP's.
+        ((experts,), ("mlp.gate",), "post_attention_layernorm", experts),
+    ]
+    assert groups[2].readers == (experts, "mlp.gate")
+    assert groups[2].producer.rows.tolist() == EVERY
+
+
+@pytest.mark.parametrize("unfused", [False, True], ids=["fused", "unfused"])
+def test_a_shared_expert_reads_what_the_others_do(unfused: bool) -> None:
+    _, groups, _ = groups_of(qwen2_moe(), unfused=unfused)
+    down = "mlp.shared_expert.down_proj"
+    up = ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj")
+    floats = ("mlp.gate", "mlp.shared_expert_gate")
+    assert [described(group) for group in groups[2:]] == [
+        ((*up, "mlp.experts"), floats, "post_attention_layernorm", "mlp"),
+        ((down,), (), "mlp.shared_expert.up_proj", down),
+    ]
+    assert groups[2].readers == (*up, "mlp.experts", *floats)
+
+
+@pytest.mark.parametrize("unfused", [False, True], ids=["fused", "unfused"])
+def test_folding_into_all_readers_leaves_a_mixture_and_without_the_router_it_does_not(
+    unfused: bool,
+) -> None:
+    block, groups, batch = groups_of(qwen2_moe(), unfused=unfused)
+    group = groups[2]
+    expected = run_block(block, batch)
+    scale = 2.0 ** (torch.arange(HIDDEN) % 5 - 2)  # Powers of two turn no choice of experts.
+    fold(block, group.producer, group.readers, scale, torch.float32)
+    torch.testing.assert_close(run_block(block, batch), expected, rtol=1e-4, atol=1e-4)
+    fold(block, group.producer, group.consumers, scale, torch.float32)
+    assert (run_block(block, batch) - expected).abs().max() > 0.1
+
+
+def test_a_dense_group_has_no_routers() -> None:
+    groups = find_groups(Residual(), batch_of(torch.randn(1, 9, TOY_HIDDEN)))
+    assert [(group.routers, group.readers) for group in groups] == [((), ("fc1",)), ((), ("fc2",))]

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from haq.model.linears import bias_view, is_linear, linears, unknown_weights, weight_view
+from haq.model.linears import bias_view, is_linear, linears, weight_view
 
 
 class Adapter(nn.Linear):
@@ -59,21 +59,3 @@ def test_integer_weights_are_not_linear() -> None:
     module = nn.Linear(2, 2)
     module.weight = nn.Parameter(torch.ones(2, 2, dtype=torch.int8), requires_grad=False)
     assert not is_linear(module)
-
-
-def test_matrices_that_no_linear_owns_are_named() -> None:
-    block = nn.Module()
-    block.linear = nn.Linear(2, 3)
-    block.norm = nn.LayerNorm(2)
-    block.adapter = Adapter(2, 4, bias=False)
-    block.experts = nn.Module()
-    block.experts.gate_up = nn.Parameter(torch.ones(4, 2, 3))
-    block.experts.bias = nn.Parameter(torch.ones(4))
-    assert unknown_weights(block) == {"adapter.weight": (4, 2), "experts.gate_up": (4, 2, 3)}
-
-
-def test_a_weight_shared_with_a_linear_is_known() -> None:
-    block = nn.Module()
-    block.linear = nn.Linear(2, 3)
-    block.alias = block.linear.weight
-    assert unknown_weights(block) == {}

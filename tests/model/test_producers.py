@@ -7,32 +7,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from haq.model.experts import unfuse
+from haq.model.folding import Producer
 from haq.model.groups import find_groups
-from haq.model.producers import Producer, fold, keep_parameters, same_function
-from tests.model.toys import HIDDEN, INNER, Residual, batch_of
-
-
-class OnePlusNorm(nn.Module):
-    """Gemma's norm: multiplies by 1 + w."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(size))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * x.square().mean(-1, keepdim=True).rsqrt() * (1 + self.weight)
-
-
-class Normed(nn.Module):
-    """``hidden + fc(norm(hidden))``."""
-
-    def __init__(self, norm: nn.Module) -> None:
-        super().__init__()
-        self.norm = norm
-        self.fc = nn.Linear(HIDDEN, HIDDEN)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return hidden_states + self.fc(self.norm(hidden_states))
+from tests.model.toys import (
+    EXPERTS,
+    HIDDEN,
+    INNER,
+    Fused,
+    Mixture,
+    Normed,
+    OnePlusNorm,
+    Residual,
+    batch_of,
+)
 
 
 def producers(block: nn.Module, tokens: int = 30) -> dict[str, Producer | None]:
@@ -112,20 +100,6 @@ def test_rows_of_wide_layers_are_told_apart(inner: int) -> None:
 
 
 # --- Fused projections ----------------------------------------------------------------------------
-
-
-class Fused(nn.Module):
-    """A gated MLP with gate and up in one matrix; ``split`` takes them apart."""
-
-    def __init__(self, split: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
-        super().__init__()
-        self.split = split
-        self.gate_up = nn.Linear(HIDDEN, 2 * INNER)
-        self.down = nn.Linear(INNER, HIDDEN)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        gate, up = self.split(self.gate_up(hidden_states))
-        return hidden_states + self.down(functional.silu(gate) * up)
 
 
 @pytest.mark.parametrize(
@@ -254,81 +228,44 @@ def test_only_what_ran_before_the_group_is_asked() -> None:
     assert producers(After(nn.RMSNorm(HIDDEN)))["fc"] is None
 
 
-# --- Folding --------------------------------------------------------------------------------------
+# --- Mixtures of experts --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(
-    ("norm", "offset"),
-    [(nn.LayerNorm(HIDDEN), 0.0), (nn.RMSNorm(HIDDEN), 0.0), (OnePlusNorm(HIDDEN), 1.0)],
-    ids=["layer norm", "rms norm", "one plus norm"],
-)
-def test_folding_into_a_16_bit_norm_is_as_exact_as_into_a_32_bit_one(
-    norm: nn.Module, offset: float, dtype: torch.dtype
+@pytest.mark.parametrize("form", [lambda experts: experts, unfuse], ids=["fused", "unfused"])
+def test_the_norm_before_experts_and_their_router_is_their_producer(
+    form: Callable[[nn.Module], nn.Module],
 ) -> None:
-    block = Normed(norm)
-    for parameter in norm.parameters():
-        parameter.data.uniform_(0.5, 1.5).sub_(offset)
-    # A weight of zero, and for LayerNorm a bias beside it that must be rescaled all the same.
-    norm.weight.data[3] = -offset
-    norm.weight.data.copy_(norm.weight.to(dtype))
-    hidden = torch.randn(1, 50, HIDDEN)
-    with torch.no_grad():
-        expected = block(hidden)
-    scale = torch.linspace(0.3, 7.0, HIDDEN)
-
-    producer = Producer("norm", torch.arange(HIDDEN), offset)
-    applied = fold(block, producer, ("fc",), scale, dtype)
-
-    # Stored in 16 bits, the weight is the one that was folded.
-    assert torch.equal(norm.weight, norm.weight.to(dtype).float())
-    # The scale is the one asked for, to the precision of the stored weight: an ulp of w is several
-    # of a small 1 + w.
-    torch.testing.assert_close(applied, scale, rtol=10 * torch.finfo(dtype).eps, atol=0)
-    with torch.no_grad():
-        torch.testing.assert_close(block(hidden), expected, rtol=1e-5, atol=1e-5)
+    block = Mixture(form)
+    state = {key: value.clone() for key, value in block.state_dict().items()}
+    found = producers(block)["experts"]
+    assert (found.name, found.rows.tolist(), found.offset) == ("norm", list(range(HIDDEN)), 0.0)
+    # Experts are not copied to be restored, and come back to the bit all the same.
+    torch.testing.assert_close(block.state_dict(), state, rtol=0, atol=0)
 
 
-def test_folding_divides_rows_and_multiplies_columns() -> None:
-    block = Residual()
-    before = {key: value.clone() for key, value in block.state_dict().items()}
-    scale = torch.arange(1.0, INNER + 1)
-    fold(block, Producer("fc1", torch.arange(INNER)), ("fc2",), scale, torch.float32)
-    after = block.state_dict()
-    torch.testing.assert_close(after["fc1.weight"], before["fc1.weight"] / scale[:, None])
-    torch.testing.assert_close(after["fc1.bias"], before["fc1.bias"] / scale)
-    torch.testing.assert_close(after["fc2.weight"], before["fc2.weight"] * scale)
-    for untouched in ("fc2.bias", "norm.weight", "norm.bias"):
-        assert torch.equal(after[untouched], before[untouched])
+def test_experts_whose_norm_feeds_something_else_have_no_producer() -> None:
+    """A matrix with five rows beside four experts is no router: a scale would not reach it."""
+    block = Mixture()
+    block.router.other = nn.Parameter(torch.randn(EXPERTS + 1, EXPERTS))
+    block.router.forward = lambda x: (x[:, :2].sigmoid(), torch.ones(len(x), 2).long())
+    assert producers(block)["experts"] is None
 
 
-def test_rows_that_nothing_reads_keep_their_numbers() -> None:
-    block = Fused(lambda x: (x[..., :INNER], x[..., INNER:]))
-    gate = block.gate_up.weight[:INNER].clone()
-    producer = Producer("gate_up", torch.arange(INNER, 2 * INNER))
-    fold(block, producer, ("down",), torch.full((INNER,), 2.0), torch.float32)
-    assert torch.equal(block.gate_up.weight[:INNER], gate)
+def test_experts_themselves_absorb_nothing() -> None:
+    """All of their second matrices would have to, and each token is multiplied by its weights."""
 
+    class After(Mixture):
+        def __init__(self) -> None:
+            super().__init__()
+            self.after = nn.Linear(HIDDEN, HIDDEN)
 
-def test_kept_parameters_come_back() -> None:
-    block = Residual()
-    before = {key: value.clone() for key, value in block.state_dict().items()}
-    restore = keep_parameters(block.norm, block.fc1)
-    for parameter in block.parameters():
-        parameter.data.add_(1.0)
-    restore()
-    after = block.state_dict()
-    for key in ("norm.weight", "norm.bias", "fc1.weight", "fc1.bias"):
-        assert torch.equal(after[key], before[key])
-    torch.testing.assert_close(after["fc2.weight"], before["fc2.weight"] + 1)
+        def forward(self, hidden_states: Tensor) -> Tensor:
+            x = self.norm(hidden_states).view(-1, HIDDEN)
+            weights, index = self.router(x)
+            return hidden_states + self.after(self.experts(x, index, weights)).view_as(
+                hidden_states
+            )
 
-
-@pytest.mark.parametrize(
-    ("error", "same"),
-    [(0.0, True), (1e-4, True), (1e-2, False), (float("nan"), False)],
-    ids=["none", "rounding", "one percent", "nan"],
-)
-def test_an_error_is_measured_against_what_the_block_adds(error: float, same: bool) -> None:
-    """A residual stream a hundred times larger would hide it."""
-    hidden, added = 100 * torch.randn(1, 5, HIDDEN), torch.randn(1, 5, HIDDEN)
-    assert same_function(hidden, hidden + added, hidden + added * (1 + error)) is same
+    found = producers(After())
+    assert found["after"] is None
+    assert found["experts"].name == "norm"

@@ -1,11 +1,24 @@
 """Who read which tensor in a block's forward pass, and what watchers of its inputs are given."""
 
+from collections.abc import Callable
+from typing import Any
+
+import pytest
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from haq.model.trace import is_norm, observe_inputs, readers_of_one_tensor, trace_block
-from tests.model.toys import HIDDEN, Residual, batch_of
+from haq.model.experts import unfuse
+from haq.model.trace import (
+    input_rows,
+    is_norm,
+    is_reader,
+    observe_calls,
+    observe_inputs,
+    readers_of_one_tensor,
+    trace_block,
+)
+from tests.model.toys import EXPERTS, HIDDEN, Mixture, Residual, batch_of, fused_experts
 
 
 class Readers(nn.Module):
@@ -59,6 +72,49 @@ def test_linears_that_read_one_tensor_are_together_whatever_its_shape() -> None:
     assert readers_of_one_tensor(trace) == [("first", "second", "flat"), ("copy",), ("other_copy",)]
 
 
+class LinearRouter(nn.Linear):
+    """Some families have a plain linear that gives a score to each expert."""
+
+
+class Mixed(Mixture):
+    """With a linear router, and a linear that gives one number."""
+
+    def __init__(self, form: Callable[[nn.Module], nn.Module]) -> None:
+        super().__init__(form)
+        self.router = LinearRouter(HIDDEN, EXPERTS)
+        self.shared_gate = nn.Linear(HIDDEN, 1)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = self.norm(hidden_states).view(-1, HIDDEN)
+        weights, index = self.router(x).softmax(-1).topk(2)
+        shared = self.shared(x) * self.shared_gate(x)
+        return hidden_states + (self.experts(x, index, weights) + shared).view_as(hidden_states)
+
+
+@pytest.mark.parametrize("form", [lambda experts: experts, unfuse], ids=["fused", "unfused"])
+@pytest.mark.parametrize("kind", [Mixture, Mixed], ids=["module", "linear"])
+def test_experts_are_one_reader_and_their_routers_are_none(
+    kind: type[Mixture], form: Callable[[nn.Module], nn.Module]
+) -> None:
+    block = kind(form)
+    trace = trace_block(block, batch_of(torch.randn(2, 3, HIDDEN)))
+    names = ["norm", "experts", "shared"]
+    assert sorted(event.name for event in trace) == sorted(names)
+    event = next(event for event in trace if event.name == "experts")
+    assert event.module is block.experts
+    assert torch.equal(event.input, block.norm(trace[0].input).view(-1, HIDDEN))
+    assert event.output.shape == (6, HIDDEN)
+    assert [set(readers) for readers in readers_of_one_tensor(trace)] == [{"experts", "shared"}]
+
+
+def test_linears_and_experts_read() -> None:
+    experts = fused_experts()
+    for module in (nn.Linear(2, 2), Conv1D(2, 2), experts, unfuse(experts)):
+        assert is_reader(module)
+    for module in (nn.LayerNorm(2), nn.Embedding(2, 2), nn.Module(), unfuse(experts).expert(0)):
+        assert not is_reader(module)
+
+
 def test_a_norm_is_one_vector_that_trains() -> None:
     nested = nn.LayerNorm(2)
     nested.inside = nn.Linear(2, 2)
@@ -84,3 +140,38 @@ def test_watchers_get_the_tokens_of_every_batch_without_padding() -> None:
     torch.testing.assert_close(seen["fc1"], expected)
     torch.testing.assert_close(seen["fc2"], [torch.relu(block.fc1(x)) for x in expected])
     assert not any(module._forward_pre_hooks for module in block.modules())
+
+
+def test_watchers_of_calls_get_every_positional_argument_and_the_mask() -> None:
+    block = Mixture()
+    hidden = [torch.randn(2, 3, HIDDEN), torch.randn(1, 4, HIDDEN)]
+    masks = [torch.rand(batch.shape[:2]) > 0.3 for batch in hidden]
+    seen: list[tuple[tuple[Any, ...], Tensor]] = []
+    batches = [batch_of(*pair) for pair in zip(hidden, masks, strict=True)]
+    observe_calls(block, {"experts": lambda *call: seen.append(call)}, batches)
+    assert len(seen) == 2
+    for batch, mask, (args, given) in zip(hidden, masks, seen, strict=True):
+        x = block.norm(batch).view(-1, HIDDEN)
+        weights, index = block.router(x)
+        torch.testing.assert_close(args, (x, index, weights))
+        assert torch.equal(given, mask)
+    assert not any(module._forward_pre_hooks for module in block.modules())
+
+
+def test_watchers_of_calls_are_taken_off_when_one_fails() -> None:
+    def interrupt(*call: object) -> None:
+        raise KeyboardInterrupt
+
+    block = Residual()
+    with pytest.raises(KeyboardInterrupt):
+        observe_calls(block, {"fc1": interrupt}, [batch_of(torch.randn(1, 4, HIDDEN))])
+    assert not any(module._forward_pre_hooks for module in block.modules())
+
+
+@pytest.mark.parametrize("shape", [(2, 3, HIDDEN), (6, HIDDEN)], ids=["by row", "flat"])
+def test_input_rows_are_those_of_the_first_argument_without_padding(shape: tuple[int, ...]) -> None:
+    hidden, other = torch.randn(2, 3, HIDDEN), torch.randn(2, 3, HIDDEN)
+    mask = torch.tensor([[False, True, True], [True, True, False]])
+    rows: list[Tensor] = []
+    input_rows(rows.append)((hidden.view(shape), other), mask)
+    torch.testing.assert_close(rows, [hidden[mask]])

@@ -4,13 +4,16 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from torch.nn import functional
+from transformers import MixtralConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from haq.model.blocks import BlockBatch, BlockCall
 from tests.architectures import VOCABULARY
 
 HIDDEN = 8
 INNER = 12
+EXPERTS = 4
 
 
 class Residual(nn.Module):
@@ -29,6 +32,85 @@ class Residual(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return hidden_states + self.fc2(self.activation(self.fc1(self.norm(hidden_states))))
+
+
+class OnePlusNorm(nn.Module):
+    """Gemma's norm: multiplies by 1 + w."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * x.square().mean(-1, keepdim=True).rsqrt() * (1 + self.weight)
+
+
+class Normed(nn.Module):
+    """``hidden + fc(norm(hidden))``."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+        self.fc = nn.Linear(HIDDEN, HIDDEN)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states + self.fc(self.norm(hidden_states))
+
+
+class Fused(nn.Module):
+    """A gated MLP with gate and up in one matrix; ``split`` takes them apart."""
+
+    def __init__(self, split: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        self.split = split
+        self.gate_up = nn.Linear(HIDDEN, 2 * INNER)
+        self.down = nn.Linear(INNER, HIDDEN)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        gate, up = self.split(self.gate_up(hidden_states))
+        return hidden_states + self.down(functional.silu(gate) * up)
+
+
+def fused_experts() -> nn.Module:
+    config = MixtralConfig(hidden_size=HIDDEN, intermediate_size=INNER, num_local_experts=EXPERTS)
+    experts = MixtralExperts(config)
+    for parameter in experts.parameters():
+        nn.init.normal_(parameter)
+    return experts
+
+
+class Router(nn.Module):
+    """Takes the two best; has a matrix that reads something else, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(EXPERTS, HIDDEN))
+        self.other = nn.Parameter(torch.randn(1, EXPERTS))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scores = x @ self.weight.T
+        weights, index = (scores * self.other.tanh()).softmax(-1).topk(2)
+        return weights, index
+
+
+class Mixture(nn.Module):
+    """``hidden + experts(x) + shared(x)`` with ``x = norm(hidden)``; ``form`` of the experts."""
+
+    def __init__(self, form: Callable[[nn.Module], nn.Module] = lambda experts: experts) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(HIDDEN)
+        nn.init.normal_(self.norm.weight)
+        nn.init.normal_(self.norm.bias)
+        self.router = Router()
+        self.experts = form(fused_experts())
+        self.shared = nn.Linear(HIDDEN, HIDDEN)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = self.norm(hidden_states).view(-1, HIDDEN)
+        weights, index = self.router(x)
+        return hidden_states + (self.experts(x, index, weights) + self.shared(x)).view_as(
+            hidden_states
+        )
 
 
 class ToyConfig(PreTrainedConfig):

@@ -452,9 +452,9 @@ def test_integer_input(layer: Int8Linear) -> None:
         ({"weight": torch.ones(33).char()}, ValueError, r"`weight` must be a matrix .*\[33\]"),
         ({"weight": torch.ones(33, 0).char()}, ValueError, r"not empty, got shape \[33, 0\]"),
         (
-            {"weight": torch.ones(33, 132_105).char()},
+            {"weight": torch.ones(33, 131_072).char()},
             ValueError,
-            "at most 132104 in-features.*got 132105",
+            "at most 131071 in-features.*got 131072",
         ),
         ({"weight_scale": torch.ones(33)}, ValueError, r"shape \[33, 1\], got \[33\]"),
         ({"weight_scale": torch.ones(33, 1).bfloat16()}, TypeError, "must be float32"),

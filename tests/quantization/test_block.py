@@ -1,19 +1,23 @@
 """One block from float to int8: the whole method against numpy, and what must not change."""
 
 import copy
+import dataclasses
 import itertools
 from collections.abc import Callable
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from haq import QuantizationConfig
 from haq.model.blocks import BlockBatch, BlockCall
 from haq.nn import Int8Linear
 from haq.quantization import block as block_module
-from haq.quantization.block import quantize_block
+from haq.quantization import layers as layers_module
+from haq.quantization import work as work_module
 from haq.quantization.hessian import InverseFactor
 from haq.quantization.report import LayerReport
 
@@ -40,6 +44,17 @@ class Block(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         x = self.norm(hidden_states)
         return hidden_states + self.down(torch.relu(self.gate(x)) * self.up(x)) * self.factor
+
+
+def quantize_block(block: nn.Module, *arguments: object) -> tuple[nn.Module, list[LayerReport]]:
+    """The int8 block and the lines of its layers: nothing in here has experts."""
+    result, report = block_module.quantize_block(block, *arguments)
+    assert report.routing == []
+    assert {layer.expert for layer in report.layers} <= {None}
+    for layer in report.layers:
+        module = result.get_submodule(layer.name.removeprefix("blocks.").partition(".")[2])
+        assert layer.asymmetric == module.asymmetric
+    return result, report.layers
 
 
 def batches_of(count: int = 3, tokens: int = 40, dtype: torch.dtype = torch.float32) -> list:
@@ -83,6 +98,19 @@ def quantized(values: np.ndarray) -> np.ndarray:
     return np.rint(values / scale) * scale
 
 
+def with_zero_point(values: np.ndarray) -> np.ndarray:
+    """On 256 integers from each row's smallest value, or zero, to its largest."""
+    low = np.minimum(values.min(axis=-1, keepdims=True), 0)
+    high = np.maximum(values.max(axis=-1, keepdims=True), 0)
+    step = (high - low) / 255
+    first = np.rint(low / step)
+    return np.clip(np.rint(values / step), first, first + 255) * step
+
+
+def error_of(inputs: np.ndarray, rounded: np.ndarray, weight: np.ndarray) -> float:
+    return np.square((rounded - inputs) @ weight.T).sum()
+
+
 def numpy_of(tensor: Tensor) -> np.ndarray:
     return tensor.detach().double().numpy()
 
@@ -101,32 +129,44 @@ def compensated(weight: np.ndarray, inputs: np.ndarray, damping: float) -> np.nd
     return integers
 
 
+@pytest.mark.parametrize("asymmetric", [False, True], ids=["symmetric", "zero points"])
 @pytest.mark.parametrize("damping", [0.001, 0.003])
-def test_hessians_are_those_of_quantized_inputs_of_the_quantized_block(damping: float) -> None:
+def test_hessians_are_those_of_quantized_inputs_of_the_quantized_block(
+    damping: float, asymmetric: bool
+) -> None:
     block, batches = Block(), batches_of()
     with torch.no_grad():
         block.norm.weight[3] *= 30  # An outlier: it takes digits from the other channels.
-    config = QuantizationConfig(smoothing="none", damping=damping)
+    config = QuantizationConfig(smoothing="none", damping=damping, asymmetric_inputs=asymmetric)
     result, _ = quantize_block(block, batches, config, "blocks.0")
 
     gate, up, down = (numpy_of(module.weight) for module in (block.gate, block.up, block.down))
     float_x = numpy_of(block.norm(real_tokens(batches)))
-    x = quantized(float_x)
+    # With an outlier on one side of zero, a zero point takes far more than a fifth of the error.
+    round_x = with_zero_point if asymmetric else quantized
+    x = round_x(float_x)
 
-    def inner(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+    def inner(x: np.ndarray, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
         return np.maximum(x @ gate.T + numpy_of(block.gate.bias), 0) * (x @ up.T)
 
+    float_inner = inner(float_x, gate, up)
+    ratio = error_of(float_inner, with_zero_point(float_inner), down) / error_of(
+        float_inner, quantized(float_inner), down
+    )
+    round_inner = with_zero_point if asymmetric and ratio < 0.8 else quantized
+    assert result.gate.asymmetric == result.up.asymmetric == asymmetric
+    assert result.down.asymmetric == (round_inner is with_zero_point)
     # `down` reads what `gate` and `up` make when they are rounded to nearest.
-    inner_of_nearest = inner(quantized(gate), quantized(up))
+    inner_of_nearest = inner(x, quantized(gate), quantized(up))
     expected = {
         "gate": compensated(gate, x, damping),
         "up": compensated(up, x, damping),
-        "down": compensated(down, quantized(inner_of_nearest), damping),
+        "down": compensated(down, round_inner(inner_of_nearest), damping),
     }
     # With a simpler Hessian many integers are others.
     assert np.sum(compensated(gate, float_x, damping) != expected["gate"]) > 10
     assert np.sum(compensated(down, inner_of_nearest, damping) != expected["down"]) > 10
-    of_float = compensated(down, quantized(inner(gate, up)), damping)
+    of_float = compensated(down, round_inner(inner(x, gate, up)), damping)
     assert np.sum(of_float != expected["down"]) > 10
     for name, integers in expected.items():
         layer = result.get_submodule(name)
@@ -208,17 +248,7 @@ def test_every_layer_has_its_line() -> None:
     batches = batches_of()
     _, layers = quantize_block(Block(), batches, PLAIN, "blocks.7")
     assert [
-        LayerReport(
-            layer.name,
-            layer.out_features,
-            layer.in_features,
-            layer.smoothing,
-            layer.rounding,
-            layer.tokens,
-            0.0,
-            0.0,
-            layer.note,
-        )
+        dataclasses.replace(layer, error_before=0.0, error_after=0.0, asymmetric=False)
         for layer in layers
     ] == [
         LayerReport(name, rows, columns, "none", "hessian", 3 * (2 * 40 - 4), 0.0, 0.0)
@@ -294,7 +324,7 @@ def test_what_became_of_a_difficult_hessian_is_noted(
             return InverseFactor(torch.eye(HIDDEN), damping, 0.0)
         return None if factor is None else InverseFactor(torch.eye(INNER), *factor)
 
-    monkeypatch.setattr(block_module, "inverse_factor", difficult)
+    monkeypatch.setattr(layers_module, "inverse_factor", difficult)
     block = Block()
     result, layers = quantize_block(block, batches_of(), PLAIN, "blocks.0")
     assert [layer.note for layer in layers] == ["", "", note]
@@ -307,7 +337,7 @@ def test_what_became_of_a_difficult_hessian_is_noted(
 def test_a_fold_that_changes_the_block_is_undone_and_noted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(block_module, "same_function", lambda *outputs: False)
+    monkeypatch.setattr(work_module, "same_function", lambda *outputs: False)
     block, batches = Block(), batches_of()
     result, layers = quantize_block(block, batches, QuantizationConfig(), "blocks.0")
     assert {layer.note for layer in layers} == {"folding changed the block: not smoothed"}
@@ -333,16 +363,26 @@ def test_the_float_block_is_left_alone(config: QuantizationConfig) -> None:
 
 
 @pytest.mark.parametrize(
-    "step",
-    ["find_groups", "choose_scale", "fold", "inverse_factor", "round_with_compensation"],
+    ("module", "step"),
+    [
+        (block_module, "find_groups"),
+        (work_module, "choose_scale"),
+        (work_module, "fold_reversibly"),
+        (work_module, "same_function"),
+        (work_module, "zero_point_pays"),
+        (work_module, "update_quantized"),
+        (layers_module, "inverse_factor"),
+        (layers_module, "round_with_compensation"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_an_interrupt_at_any_step_leaves_the_float_block_alone(
-    step: str, monkeypatch: pytest.MonkeyPatch
+    module: ModuleType, step: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(*arguments: object) -> None:
+    def interrupt(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(block_module, step, interrupt)
+    monkeypatch.setattr(module, step, interrupt)
     block = Block()
     state = snapshot(block)
     with pytest.raises(KeyboardInterrupt):
@@ -508,5 +548,55 @@ def test_the_search_looks_at_batches_from_all_over(tokens: int, expected: list[i
         BlockBatch(torch.full((1, 10, 1), float(i)), BlockCall((), {}), torch.ones(1, 10).bool())
         for i in range(10)
     ]
-    sample = block_module._sample(batches, tokens)
+    sample = block_module._evenly_spread(batches, tokens)
     assert [int(batch.hidden[0, 0, 0]) for batch in sample] == expected
+
+
+# --- Weights that are read without a call ---------------------------------------------------------
+
+
+class Reader(Block):
+    """Computes what its linear ``spare`` would, without calling it: an int8 layer has no such
+    weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spare = nn.Linear(HIDDEN, HIDDEN)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return functional.linear(super().forward(hidden_states), self.spare.weight)
+
+
+def test_a_linear_whose_weight_is_read_without_a_call_is_refused() -> None:
+    block = Reader()
+    state = snapshot(block)
+    match = (
+        r"^`blocks\.3\.spare` must be called as a module to become int8, but its block reads its "
+        r'weight by itself\. Add "\*\.spare" to `exclude` to keep it float\.$'
+    )
+    with pytest.raises(ValueError, match=match):
+        quantize_block(block, batches_of(), QuantizationConfig(), "blocks.3")
+    assert_untouched(block, state)
+
+
+def test_and_works_when_it_is_excluded() -> None:
+    block, batches = Reader(), batches_of()
+    result, layers = quantize_block(
+        block, batches, QuantizationConfig(), "blocks.3", frozenset({"spare"})
+    )
+    assert [layer.name for layer in layers] == [f"blocks.3.{n}" for n in ("gate", "up", "down")]
+    torch.testing.assert_close(result.spare.state_dict(), block.spare.state_dict(), rtol=0, atol=0)
+    hidden = real_tokens(batches)
+    with torch.no_grad():
+        expected, got = block(hidden), result(hidden)
+    assert 1e-4 < (got - expected).norm() / expected.norm() < 0.03
+
+
+def test_every_linear_that_no_token_reaches_is_looked_at() -> None:
+    """One that is read behind one that is not."""
+    block = Reader()
+    block.aaa, block.zzz = nn.Linear(HIDDEN, 3), nn.Linear(HIDDEN, 3)
+    del block.spare
+    block.spare = nn.Linear(HIDDEN, HIDDEN)
+    with pytest.raises(ValueError, match=r"^`blocks\.3\.spare` must be called as a module"):
+        quantize_block(block, batches_of(), QuantizationConfig(), "blocks.3")

@@ -58,6 +58,24 @@ def test_any_split_into_batches_gives_the_same(splits: list[int], seed: int) -> 
     torch.testing.assert_close(parts.mean(), whole.mean(), rtol=1e-5, atol=1e-5)
 
 
+def test_the_mean_can_be_taken_once_without_a_copy() -> None:
+    moment = SecondMoment(17)
+    moment.update(correlated_inputs(300, 17))
+    expected, memory = moment.mean(), moment._sum.data_ptr()
+    taken = moment.take_mean()
+    assert torch.equal(taken, expected)
+    assert taken.data_ptr() == memory
+    with pytest.raises(RuntimeError, match=r"^The second moment was taken already\.$"):
+        moment.take_mean()
+
+
+def test_no_tokens_make_a_mean_of_zero_that_can_be_taken_as_well() -> None:
+    moment = SecondMoment(3)
+    assert torch.equal(moment.take_mean(), torch.zeros(3, 3))
+    with pytest.raises(RuntimeError, match="was taken already"):
+        moment.take_mean()
+
+
 # --- The factor -----------------------------------------------------------------------------------
 
 
@@ -168,3 +186,23 @@ def test_small_diagonal_entries_are_raised_when_damping_is_not_enough(
 )
 def test_nothing_is_made_of_a_hopeless_matrix(hessian: Tensor) -> None:
     assert inverse_factor(hessian, damping=0.01) is None
+
+
+@pytest.mark.parametrize(
+    "hessian",
+    [
+        second_moment(correlated_inputs(400, 31)).float(),
+        torch.diag(torch.tensor([4.0, 0.0, 1.0])),
+        torch.zeros(3, 3),
+        indefinite(5, 0.5),
+        indefinite(5, 3.0),
+        torch.full((3, 3), torch.nan),
+    ],
+    ids=["as usual", "dead channel", "all dead", "more damping", "hopeless", "nan"],
+)
+def test_the_matrix_is_left_alone_whatever_became_of_it(hessian: Tensor) -> None:
+    before = hessian.clone()
+    factor = inverse_factor(hessian, damping=0.01)
+    torch.testing.assert_close(hessian, before, rtol=0, atol=0, equal_nan=True)
+    if factor is not None:
+        assert factor.upper.data_ptr() != hessian.data_ptr()

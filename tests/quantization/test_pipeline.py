@@ -24,6 +24,8 @@ from haq.model.linears import linears
 from haq.nn import Int8Linear
 from haq.quantization import block as block_module
 from haq.quantization import pipeline
+from haq.quantization import report as report_module
+from haq.quantization import work as work_module
 from haq.quantization.report import find_report
 from tests.architectures import ARCHITECTURES, LAYERS, token_ids
 
@@ -125,13 +127,21 @@ class Reference(nn.Module):
 
     def __init__(self, layer: Int8Linear) -> None:
         super().__init__()
+        self.asymmetric = layer.asymmetric
         self.weight = layer.weight.double() * layer.weight_scale.double()
         self.bias = None if layer.bias is None else layer.bias.double()
 
     def forward(self, x: Tensor) -> Tensor:
-        largest = x.abs().amax(-1, keepdim=True)
-        scale = torch.where(largest > 0, largest / 127, torch.ones_like(largest))
-        integers = torch.round(x / scale).clamp(-127, 127)
+        if self.asymmetric:  # 256 integers from the smallest value, or zero, to the largest.
+            low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+            scale = (high - low) / 255
+            first, count = torch.round(low / scale), 255
+        else:
+            scale = x.abs().amax(-1, keepdim=True) / 127
+            first, count = torch.full_like(scale, -127), 254
+        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+        integers = torch.maximum(torch.round(x / scale), first)
+        integers = torch.minimum(integers, first + count)
         output = (integers.double() * scale.double()) @ self.weight.T
         return (output if self.bias is None else output + self.bias).to(x.dtype)
 
@@ -445,7 +455,7 @@ def test_one_block_can_be_excluded() -> None:
         model.model.layers[1].state_dict(), before.model.layers[1].state_dict(), rtol=0, atol=0
     )
     assert_same_bits(model.model.layers[0], quantized("llama").model.layers[0])
-    assert [len(block) for block in quantization_report(model).blocks] == [7, 0]
+    assert [len(block.layers) for block in quantization_report(model).blocks] == [7, 0]
 
 
 # --- The report -----------------------------------------------------------------------------------
@@ -584,6 +594,112 @@ def test_an_interrupt_while_inputs_are_caught_leaves_the_model_as_it_was(
     assert_same_bits(model, ARCHITECTURES["llama"]())
 
 
+def interrupt_at(blocks: nn.ModuleList, index: int, *, after: bool = False) -> None:
+    """Raise once when block ``index`` is to be replaced, after which it is or is not."""
+
+    class Interrupted(nn.ModuleList):
+        def __setitem__(self, position: int, module: nn.Module) -> None:
+            # Stubs stand in for all blocks while inputs are caught.
+            int8 = any(isinstance(part, Int8Linear) for part in module.modules())
+            if position != index or not int8:
+                super().__setitem__(position, module)
+                return
+            self.__class__ = nn.ModuleList
+            if after:
+                self[position] = module
+            raise KeyboardInterrupt
+
+    blocks.__class__ = Interrupted
+
+
+def interrupted(model: PreTrainedModel) -> list[str]:
+    """The notes on the exception of a call that is interrupted."""
+    with pytest.raises(KeyboardInterrupt) as caught:
+        quantize_model(model, CALIBRATION, progress=False)
+    return caught.value.__notes__
+
+
+AS_IT_WAS = "haq: the model is as it was, no block was converted."
+SOME_DONE = (
+    "haq: {} of 2 blocks of the model are int8 and work; the others are as they were. The same "
+    "call goes on after them; load the model again to start afresh."
+)
+
+
+@pytest.mark.parametrize("name", ["opt", "gpt2"])
+@pytest.mark.parametrize("after", [False, True], ids=["not replaced", "replaced"])
+@pytest.mark.parametrize("index", [0, 1])
+def test_an_interrupt_between_the_report_and_the_block(name: str, index: int, after: bool) -> None:
+    """A block is int8 if and only if it has its line, whichever of the two came first."""
+    model, before = ARCHITECTURES[name](), ARCHITECTURES[name]()
+    _, blocks = find_blocks(model)
+    interrupt_at(blocks, index, after=after)
+    notes = interrupted(model)
+
+    done = index + after
+    assert notes == [SOME_DONE.format(done) if done else AS_IT_WAS]
+    for i in range(LAYERS):
+        expected = quantized(name) if i < done else before
+        assert_same_bits(blocks[i], find_blocks(expected)[1][i])
+    report = find_report(model)
+    if done:
+        assert report.blocks == quantization_report(quantized(name)).blocks[:done]
+    else:
+        assert report is None
+    if done == LAYERS:
+        # Nothing is left to do: the note says so, and another call that it is int8.
+        with pytest.raises(ValueError, match=r"`model` is already int8"):
+            quantize_model(model, CALIBRATION, progress=False)
+    else:
+        quantize_model(model, CALIBRATION, progress=False)
+    assert_same_bits(model, quantized(name))
+    assert quantization_report(model) == quantization_report(quantized(name))
+
+
+def test_an_interrupt_of_the_handling_of_an_interrupt_is_made_good_by_the_next_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = ARCHITECTURES["opt"]()
+    _, blocks = find_blocks(model)
+    interrupt_at(blocks, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "_drop_what_is_not_there", lambda *arguments: None)
+        interrupted(model)
+    # One line too many, as an interrupt at the worst moment leaves it.
+    assert len(quantization_report(model).blocks) == 2
+    quantize_model(model, CALIBRATION, progress=False)
+    assert_same_bits(model, quantized("opt"))
+    assert quantization_report(model) == quantization_report(quantized("opt"))
+
+
+@pytest.mark.parametrize("when", ["in block 1", "before block 1 is replaced"])
+def test_a_block_of_which_all_is_excluded_keeps_its_line(
+    when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has no int8 layer that would show that it is done."""
+    config = QuantizationConfig(exclude=("model.layers.0",))
+    model, other = ARCHITECTURES["llama"](), ARCHITECTURES["llama"]()
+
+    def interrupt(*arguments: object) -> object:
+        if arguments[3] == "model.layers.1":
+            raise KeyboardInterrupt
+        return block_module.quantize_block(*arguments)
+
+    with monkeypatch.context() as patch:
+        if when == "in block 1":
+            patch.setattr(pipeline, "quantize_block", interrupt)
+        else:
+            interrupt_at(find_blocks(model)[1], 1)
+        with pytest.raises(KeyboardInterrupt) as caught:
+            quantize_model(model, CALIBRATION, config, progress=False)
+    assert caught.value.__notes__ == [SOME_DONE.format(1)]
+    assert [len(block.layers) for block in quantization_report(model).blocks] == [0]
+    for each in (model, other):
+        quantize_model(each, CALIBRATION, config, progress=False)
+    assert_same_bits(model, other)
+    assert quantization_report(model) == quantization_report(other)
+
+
 # --- Copies, threads and the compiler -------------------------------------------------------------
 
 
@@ -671,8 +787,8 @@ def test_only_one_block_is_there_in_float_twice(monkeypatch: pytest.MonkeyPatch)
     copies: list[list[weakref.ref]] = []
     alive: list[tuple[int, int]] = []
 
-    def deepcopy(module: nn.Module) -> nn.Module:
-        copied = copy.deepcopy(module)
+    def deepcopy(module: nn.Module, memo: dict[int, object]) -> nn.Module:
+        copied = copy.deepcopy(module, memo)
         copies.append([weakref.ref(m) for m in linears(copied).values()])
         return copied
 
@@ -684,7 +800,7 @@ def test_only_one_block_is_there_in_float_twice(monkeypatch: pytest.MonkeyPatch)
         alive.append((count(originals[:done]), count(copies)))
         return block_module.quantize_block(*arguments)
 
-    monkeypatch.setattr(block_module, "copy", types.SimpleNamespace(deepcopy=deepcopy))
+    monkeypatch.setattr(work_module, "copy", types.SimpleNamespace(deepcopy=deepcopy))
     monkeypatch.setattr(pipeline, "quantize_block", quantize_block)
     gc.disable()
     try:
@@ -747,6 +863,27 @@ def test_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
     assert capfd.readouterr() == ("", "")
 
 
+PUBLIC = {
+    "BlockReport": report_module,
+    "Comparison": haq.evaluation,
+    "Int8Experts": haq.nn,
+    "Int8Linear": haq.nn,
+    "LayerReport": report_module,
+    "QuantizationConfig": haq.config,
+    "QuantizationReport": report_module,
+    "RoutingReport": report_module,
+    "backends": haq.int8.matmul,
+    "calibration_batches": haq.quantization.calibration,
+    "compare": haq.evaluation,
+    "evaluation_tokens": haq.evaluation,
+    "perplexity": haq.evaluation,
+    "quantization_report": report_module,
+    "quantize_model": pipeline,
+    "use_backend": haq.int8.matmul,
+}
+
+
 def test_public_names() -> None:
-    assert haq.quantize_model is quantize_model
-    assert haq.quantization_report is quantization_report
+    assert haq.__all__ == sorted(PUBLIC)
+    for name, module in PUBLIC.items():
+        assert getattr(haq, name) is getattr(module, name)

@@ -88,8 +88,13 @@ def test_dead_channels_are_rounded_to_nearest() -> None:
     assert not torch.equal(rounded, integers)
 
 
-def test_arguments_stay_as_they_are() -> None:
-    weight, upper = torch.randn(4, 150), torch.randn(150, 150).triu() + 20 * torch.eye(150)
+@pytest.mark.parametrize(
+    "weight",
+    [torch.randn(4, 150), torch.randn(150, 4).T, torch.randn(1, 150)],
+    ids=["by row", "by column, as Conv1D has it", "one row"],
+)
+def test_arguments_stay_as_they_are(weight: Tensor) -> None:
+    upper = torch.randn(150, 150).triu() + 20 * torch.eye(150)
     scale = grid.row_scale(weight)
     arguments = [value.clone() for value in (weight, scale, upper)]
     round_with_compensation(weight, scale, upper)

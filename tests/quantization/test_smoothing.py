@@ -8,15 +8,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from transformers import MixtralConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+from transformers.pytorch_utils import Conv1D
 
 from haq.model.blocks import BlockBatch, BlockCall
+from haq.model.experts import unfuse
+from haq.model.folding import Producer
 from haq.model.groups import Group, find_groups
-from haq.model.producers import Producer
 from haq.quantization.smoothing import (
     Candidate,
     ChannelStatistics,
     candidate_scale,
     choose_scale,
+    choose_scale_of_layer,
     search_candidates,
 )
 
@@ -300,3 +305,165 @@ def test_a_trial_that_fails_leaves_the_block() -> None:
     with pytest.raises(KeyboardInterrupt):
         choose_scale(block, group, group.consumers, statistics, sample, search_candidates())
     assert dict(block.named_modules()) == modules
+
+
+def rounded_to_powers_of_two(scale: Tensor) -> Tensor:
+    return torch.from_numpy(2.0 ** np.rint(np.log2(scale.double().numpy()))).float()
+
+
+@pytest.mark.parametrize(
+    "candidates",
+    [search_candidates(), [Candidate("smoothquant", 0.7)]],
+    ids=["search", "a single one"],
+)
+def test_scales_can_be_powers_of_two_and_are_judged_as_such(candidates: list[Candidate]) -> None:
+    block, sample = Block(), sample_of()
+    group, statistics = group_of(block, sample)
+    targets = list(group.consumers)
+    choice = choose_scale(block, group, targets, statistics, sample, candidates, powers_of_two=True)
+    weight = torch.cat([block.mlp.gate.weight, block.mlp.up.weight]).detach().abs().amax(0)
+    scales = {
+        c: rounded_to_powers_of_two(candidate_scale(c, statistics, weight)) for c in candidates
+    }
+    errors = {c: naive_error(block, sample, scale, targets) for c, scale in scales.items()}
+    assert choice.candidate == min(errors, key=errors.get)
+    assert torch.equal(choice.scale, scales[choice.candidate])
+
+
+def test_rounded_scales_may_be_best_with_another_candidate() -> None:
+    """Or a test that they are judged as rounded would show nothing."""
+    block, sample = Block(), sample_of()
+    group, statistics = group_of(block, sample)
+    arguments = (block, group, group.consumers, statistics, sample, search_candidates())
+    assert (
+        choose_scale(*arguments).candidate != choose_scale(*arguments, powers_of_two=True).candidate
+    )
+
+
+# --- One linear by itself -------------------------------------------------------------------------
+
+
+def layer_error(linear: nn.Module, inputs: Tensor, scale: Tensor) -> float:
+    """Squared error of a linear's output in float64."""
+    weight = linear.weight.detach().double().numpy()
+    weight = weight.T if isinstance(linear, Conv1D) else weight
+    x, s = inputs.double().numpy(), scale.double().numpy()
+    return np.square(quantized(x / s) @ quantized(weight * s).T - x @ weight.T).sum()
+
+
+@pytest.mark.parametrize("linear", [nn.Linear(CHANNELS, 20), Conv1D(20, CHANNELS)], ids=type)
+def test_the_best_candidate_of_one_linear(linear: nn.Module) -> None:
+    inputs = inputs_with_outliers()
+    sample, statistics = inputs[::4], statistics_of(inputs)
+    state = copy.deepcopy(linear.state_dict())
+    with torch.no_grad():
+        choice = choose_scale_of_layer(linear, statistics, sample, search_candidates())
+    # Input channels are the rows of a `Conv1D` and the columns of a linear.
+    weight = linear.weight.detach().abs().amax(1 if isinstance(linear, Conv1D) else 0)
+    scales = {c: candidate_scale(c, statistics, weight) for c in search_candidates()}
+    errors = {c: layer_error(linear, sample, scale) for c, scale in scales.items()}
+    assert choice.candidate == min(errors, key=errors.get)
+    assert errors[choice.candidate] < 0.5 * errors[Candidate("none")]
+    torch.testing.assert_close(choice.scale, scales[choice.candidate], rtol=0, atol=0)
+    torch.testing.assert_close(linear.state_dict(), state, rtol=0, atol=0)
+
+
+def test_a_single_candidate_of_one_linear_needs_no_sample() -> None:
+    linear, statistics = nn.Linear(CHANNELS, 20), statistics_of(inputs_with_outliers())
+    candidate = Candidate("smoothquant", 0.5)
+    choice = choose_scale_of_layer(linear, statistics, torch.empty(0, CHANNELS), [candidate])
+    assert choice.candidate == candidate
+    expected = candidate_scale(candidate, statistics, linear.weight.detach().abs().amax(0))
+    torch.testing.assert_close(choice.scale, expected, rtol=0, atol=0)
+
+
+def test_the_first_of_equals_wins_for_one_linear_too() -> None:
+    linear, inputs = nn.Linear(CHANNELS, 20), inputs_with_outliers()
+    candidates = [Candidate("none", 0.1), Candidate("none", 0.2)]
+    with torch.no_grad():
+        choice = choose_scale_of_layer(linear, statistics_of(inputs), inputs, candidates)
+    assert choice.candidate == candidates[0]
+
+
+# --- Experts --------------------------------------------------------------------------------------
+
+EXPERTS, INNER = 3, 20
+
+
+class MixtureOfExperts(nn.Module):
+    """Two of three experts for each token, by a router that reads what they do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        config = MixtralConfig(
+            hidden_size=CHANNELS, intermediate_size=INNER, num_local_experts=EXPERTS
+        )
+        experts = MixtralExperts(config)
+        for index, parameter in enumerate(experts.parameters()):
+            nn.init.normal_(parameter, std=(1 + index) / 4)
+        self.router = nn.Linear(CHANNELS, EXPERTS, bias=False)
+        self.router.weight.data[:, 3] /= 60
+        # Larger than what the experts have there, but it has no say in a scale.
+        self.router.weight.data[:, 0] = torch.tensor([1.5, -2.0, 2.0])
+        self.experts = unfuse(experts)
+        for expert in self.experts.experts:
+            expert.up.weight.data[:, 3] /= 60
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.view(-1, CHANNELS)
+        weights, index = self.router(flat).softmax(-1).topk(2)
+        return self.experts(flat, index, weights).view_as(x)
+
+
+class MixtureBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(CHANNELS)
+        self.norm.weight.data[3] = 60.0
+        self.mlp = MixtureOfExperts()
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states + self.mlp(self.norm(hidden_states))
+
+
+def silu_gate(gate_and_up: np.ndarray) -> np.ndarray:
+    gate, up = np.split(gate_and_up, 2, axis=1)
+    return gate / (1 + np.exp(-gate)) * up
+
+
+def experts_error(block: MixtureBlock, sample: list[BlockBatch], scale: Tensor) -> float:
+    """Squared error of the experts' sum in float64, with their first matrices and input int8."""
+    s, error = scale.double().numpy(), 0.0
+    for batch in sample:
+        total = np.zeros((int(batch.mask.sum()), CHANNELS))
+        x = block.norm(batch.hidden)[batch.mask].detach()
+        gate, chosen = (t.detach() for t in block.mlp.router(x).softmax(-1).topk(2))
+        x = x.double().numpy()
+        for e, expert in enumerate(block.mlp.experts.experts):
+            up, down = (m.weight.detach().double().numpy() for m in (expert.up, expert.down))
+            middle = silu_gate(quantized(x / s) @ quantized(up * s).T) - silu_gate(x @ up.T)
+            share = (gate * (chosen == e)).sum(-1, keepdim=True).double().numpy()
+            total += middle @ down.T * share
+        error += np.square(total).sum()
+    return error
+
+
+def test_one_scale_for_all_experts_is_judged_by_their_sum() -> None:
+    block, sample = MixtureBlock(), sample_of()
+    group = find_groups(block, sample[0])[0]
+    assert (group.consumers, group.routers) == (("mlp.experts",), ("mlp.router",))
+    inputs = torch.cat([block.norm(batch.hidden)[batch.mask] for batch in sample]).detach()
+    statistics = statistics_of(inputs)
+    state, modules = copy.deepcopy(block.state_dict()), dict(block.named_modules())
+
+    choice = choose_scale(block, group, group.consumers, statistics, sample, search_candidates())
+
+    ups = torch.cat([expert.up.weight for expert in block.mlp.experts.experts])
+    weight = ups.detach().abs().amax(0)
+    scales = {c: candidate_scale(c, statistics, weight) for c in search_candidates()}
+    torch.testing.assert_close(choice.scale, scales[choice.candidate], rtol=0, atol=0)
+    errors = {c: experts_error(block, sample, scale) for c, scale in scales.items()}
+    assert choice.candidate == min(errors, key=errors.get)
+    assert errors[choice.candidate] < 0.1 * errors[Candidate("none")]
+    assert dict(block.named_modules()) == modules
+    torch.testing.assert_close(block.state_dict(), state, rtol=0, atol=0)

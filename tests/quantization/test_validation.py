@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from transformers import BatchEncoding, PreTrainedModel
 
 from haq import QuantizationConfig, quantize_model
-from haq.nn import Int8Linear
+from haq.nn import Int8Experts, Int8Linear
 from haq.quantization.report import detach_report, find_report
 from haq.quantization.validation import excluded_modules
-from tests.architectures import ARCHITECTURES, POSITIONS, VOCABULARY, token_ids
+from tests.architectures import ARCHITECTURES, MIXTURES, POSITIONS, VOCABULARY, token_ids
 
 IDS = token_ids(2, 8)
 
@@ -311,7 +311,7 @@ def test_a_model_that_is_int8_already() -> None:
 
 def test_nothing_to_quantize(refused: Callable[..., None]) -> None:
     match = (
-        r"Nothing to quantize: OPTForCausalLM has 12 linear layers in its blocks, all of them "
+        r"Nothing to quantize: OPTForCausalLM has 12 layers in its blocks, all of them "
         r"excluded by `exclude=\('\*layers\*',\)`\."
     )
     refused(ARCHITECTURES["opt"](), [IDS], ValueError, match, exclude=("*layers*",))
@@ -320,14 +320,28 @@ def test_nothing_to_quantize(refused: Callable[..., None]) -> None:
 # --- Mixtures of experts --------------------------------------------------------------------------
 
 
-def test_experts_are_refused_by_name(
+def test_experts_are_no_reason_to_refuse(tiny_mixtral: Callable[..., PreTrainedModel]) -> None:
+    model = quantize_model(tiny_mixtral(vocab_size=VOCABULARY), [IDS], progress=False)
+    experts = [name for name, m in model.named_modules() if isinstance(m, Int8Experts)]
+    assert experts == [f"model.layers.{i}.mlp.experts" for i in range(2)]
+
+
+def test_a_model_of_experts_alone_has_something_to_quantize(
+    tiny_mixtral: Callable[..., PreTrainedModel],
+) -> None:
+    config = QuantizationConfig(exclude=("lm_head", "*.self_attn"))
+    model = quantize_model(tiny_mixtral(vocab_size=VOCABULARY), [IDS], config, progress=False)
+    # Two matrices of four experts in two layers.
+    assert len(find_report(model).layers) == 2 * 4 * 2
+
+
+def test_nothing_to_quantize_in_a_mixture(
     refused: Callable[..., None], tiny_mixtral: Callable[..., PreTrainedModel]
 ) -> None:
-    match = (
-        r"`model\.layers\.0\.mlp\.\w+\.\w+` has shape \[[\d, ]+\] and belongs to no linear layer: "
-        r'haq cannot quantize it yet .*Add "model\.layers\.0\.mlp\.\w+" to `exclude`'
-    )
-    refused(tiny_mixtral(vocab_size=VOCABULARY), [IDS], ValueError, match)
+    """Four linears and one set of experts in each of two blocks; routers stay float anyway."""
+    exclude = ("*.self_attn", "*.experts")
+    match = r"Nothing to quantize: MixtralForCausalLM has 10 layers in its blocks, all of them"
+    refused(tiny_mixtral(vocab_size=VOCABULARY), [IDS], ValueError, match, exclude=exclude)
 
 
 def test_experts_can_be_excluded(tiny_mixtral: Callable[..., PreTrainedModel]) -> None:
@@ -344,6 +358,69 @@ def test_experts_can_be_excluded(tiny_mixtral: Callable[..., PreTrainedModel]) -
         )
 
 
+def with_a_norm_after_each_expert(model: PreTrainedModel) -> PreTrainedModel:
+    for layer in model.model.layers:
+        layer.mlp.experts.has_post_expert_norm = True
+        layer.mlp.experts.post_expert_norm = nn.LayerNorm(32)
+    return model
+
+
+def test_experts_with_a_norm_after_each_are_refused(
+    refused: Callable[..., None], tiny_mixtral: Callable[..., PreTrainedModel]
+) -> None:
+    model = with_a_norm_after_each_expert(tiny_mixtral(vocab_size=VOCABULARY))
+    # Beside experts that are unknown a router may be anything, too, and it comes first.
+    router = r"`model\.layers\.0\.mlp\.gate\.weight` has shape \[4, 32\] and belongs to no linear"
+    refused(model, [IDS], ValueError, router)
+    match = (
+        r"`model\.layers\.0\.mlp\.experts\.gate_up_proj` has shape \[4, 96, 32\] and belongs to no "
+        r"linear layer and to no experts that haq knows: it cannot quantize it and does not leave "
+        r'weights in float silently\. Add "model\.layers\.0\.mlp\.experts\.gate_up_proj", or the '
+        r"module it is in, to `exclude` to keep it float\."
+    )
+    refused(model, [IDS], ValueError, match, exclude=("lm_head", "*.mlp.gate"))
+
+
+def test_unknown_experts_can_be_excluded(tiny_mixtral: Callable[..., PreTrainedModel]) -> None:
+    before = with_a_norm_after_each_expert(tiny_mixtral(vocab_size=VOCABULARY))
+    config = QuantizationConfig(exclude=("lm_head", "*.experts", "*.gate"))
+    model = quantize_model(copy.deepcopy(before), [IDS], config, progress=False)
+    assert len(find_report(model).layers) == 2 * 4
+    for block, original in zip(model.model.layers, before.model.layers, strict=True):
+        torch.testing.assert_close(
+            block.mlp.state_dict(), original.mlp.state_dict(), rtol=0, atol=0
+        )
+
+
+def llama4() -> PreTrainedModel:
+    """Experts that have their gate in the forward, where it cannot be called."""
+    config = transformers.Llama4TextConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        intermediate_size_mlp=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_local_experts=2,
+        max_position_embeddings=POSITIONS,
+        pad_token_id=0,
+    )
+    return transformers.Llama4ForCausalLM(config).eval()
+
+
+def test_experts_that_haq_does_not_know_are_refused(refused: Callable[..., None]) -> None:
+    match = (
+        r"`model\.layers\.0\.feed_forward\.(experts\.gate_up_proj` has shape \[2, 32, 96\]|"
+        r"router\.weight` has shape \[2, 32\]) and belongs to no linear layer and to no experts"
+    )
+    refused(llama4(), [IDS], ValueError, match)
+
+
+# --- Weights that haq does not know ---------------------------------------------------------------
+
+
 def test_a_linear_that_adds_something_of_its_own_is_refused(refused: Callable[..., None]) -> None:
     class Adapter(nn.Linear):
         def forward(self, input: Tensor) -> Tensor:
@@ -357,6 +434,66 @@ def test_a_linear_that_adds_something_of_its_own_is_refused(refused: Callable[..
         ValueError,
         r"`model\.decoder\.layers\.1\.fc2\.weight` has shape \[32, 48\] and belongs to no linear",
     )
+
+
+LEFT = ("lm_head", "*.A_log", "*.conv1d")
+
+
+@pytest.mark.parametrize(
+    ("exclude", "weight", "shape"),
+    [
+        (LEFT[:1], r"mamba\.A_log", r"64, 4"),
+        (LEFT[:2], r"mamba\.conv1d\.weight", r"64, 1, 4"),
+        ((LEFT[0], LEFT[2]), r"mamba\.A_log", r"64, 4"),
+    ],
+)
+def test_what_is_neither_a_linear_nor_experts_is_refused(
+    refused: Callable[..., None], exclude: tuple[str, ...], weight: str, shape: str
+) -> None:
+    match = (
+        rf"`model\.layers\.0\.{weight}` has shape \[{shape}\] and belongs to no linear layer and "
+        rf'to no experts that haq knows: .* Add "model\.layers\.0\.{weight}", or the module it is '
+        r"in, to `exclude` to keep it float\."
+    )
+    refused(MIXTURES["jamba"](), [IDS], ValueError, match, exclude=exclude)
+
+
+def test_a_linear_that_is_read_without_a_call_is_refused(refused: Callable[..., None]) -> None:
+    """A Mamba multiplies by the weight of `dt_proj` itself, to add its bias later."""
+    match = (
+        r"`model\.layers\.0\.mamba\.dt_proj` must be called as a module to become int8, but its "
+        r'block reads its weight by itself\. Add "\*\.dt_proj" to `exclude` to keep it float\.'
+    )
+    refused(MIXTURES["jamba"](), [IDS], ValueError, match, exclude=LEFT)
+
+
+@pytest.mark.parametrize(
+    "patterns",
+    [
+        ("*.A_log", "*.conv1d", "*.dt_proj"),
+        ("model.layers.0.mamba.A_log", "model.layers.0.mamba.conv1d.weight", "*.dt_proj"),
+    ],
+    ids=["modules", "weights by their own name"],
+)
+def test_a_mamba_layer_is_quantized_but_for_what_is_excluded(patterns: tuple[str, ...]) -> None:
+    before = MIXTURES["jamba"]()
+    config = QuantizationConfig(exclude=("lm_head", *patterns))
+    model = quantize_model(copy.deepcopy(before), [IDS], config, progress=False)
+    mamba, original = model.model.layers[0].mamba, before.model.layers[0].mamba
+    layers = {name for name, m in mamba.named_modules() if isinstance(m, Int8Linear)}
+    assert layers == {"in_proj", "x_proj", "out_proj"}
+    for weight in ("A_log", "conv1d.weight", "conv1d.bias", "dt_proj.weight", "dt_proj.bias"):
+        assert torch.equal(mamba.get_parameter(weight), original.get_parameter(weight)), weight
+    with torch.no_grad():
+        got, expected = model(IDS).logits, before(IDS).logits
+    # 8 bits in two blocks of random weights.
+    assert 1e-4 < (got - expected).norm() / expected.norm() < 0.1
+
+
+def test_all_of_a_mamba_can_be_excluded_at_once() -> None:
+    config = QuantizationConfig(exclude=("lm_head", "*.mamba"))
+    model = quantize_model(MIXTURES["jamba"](), [IDS], config, progress=False)
+    assert not any("mamba" in layer.name for layer in find_report(model).layers)
 
 
 # --- Exclusions -----------------------------------------------------------------------------------
@@ -404,3 +541,13 @@ TREE = nn.ModuleDict(
 )
 def test_a_pattern_takes_what_is_inside(patterns: list[str], expected: set[str]) -> None:
     assert excluded_modules(TREE, patterns) == expected
+
+
+def test_a_weight_that_belongs_to_no_layer_is_matched_by_its_own_name() -> None:
+    tree = nn.ModuleDict({"mamba": nn.ModuleDict({"proj": nn.Linear(2, 2)}), "fc": nn.Linear(2, 2)})
+    tree["mamba"].register_parameter("A_log", nn.Parameter(torch.ones(2, 2)))
+    tree["mamba"].register_parameter("D", nn.Parameter(torch.ones(2)))
+    assert excluded_modules(tree, ["*.A_log"]) == {"mamba.A_log"}
+    assert excluded_modules(tree, ["mamba"]) == {"mamba", "mamba.proj", "mamba.A_log"}
+    # What a layer has is matched by the layer's name; vectors stay as they are anyway.
+    assert excluded_modules(tree, ["fc.weight", "*.D"]) == set()

@@ -2,13 +2,14 @@
 
 import math
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from haq.evaluation.experts import watching_experts
 from haq.evaluation.windows import (
     check_fits,
     cut_windows,
@@ -37,6 +38,8 @@ class Comparison:
         top1_agreement: fraction of tokens for which both predict the same most likely token.
         tokens: predicted tokens, ``windows * (sequence_length - 1)``.
         windows: windows.
+        experts_changed: for each mixture-of-experts layer, the share of tokens that go to another
+            set of experts than in the reference, all layers before it having had their say.
     """
 
     nll_reference: float
@@ -48,6 +51,7 @@ class Comparison:
     top1_agreement: float
     tokens: int
     windows: int
+    experts_changed: tuple[float, ...] = ()
 
     @property
     def perplexity_reference(self) -> float:
@@ -60,12 +64,21 @@ class Comparison:
         return _exp(self.nll)
 
     def __str__(self) -> str:
+        routing = (
+            (
+                f"tokens to other experts {statistics.fmean(self.experts_changed):.2%} on average "
+                f"over {len(self.experts_changed)} layers, at most {max(self.experts_changed):.2%}",
+            )
+            if self.experts_changed
+            else ()
+        )
         return "\n".join(
             (
                 f"perplexity              {self.perplexity_reference:.4f} -> {self.perplexity:.4f}",
                 f"change of NLL           {self.delta_nll:+.2e} ± {self.delta_nll_stderr:.1e} nats",
                 f"KL(reference || model)  {self.kl:.2e} ± {self.kl_stderr:.1e} nats",
                 f"same top-1 token        {self.top1_agreement:.2%}",
+                *routing,
                 f"per token, over {self.tokens:,} tokens in {self.windows:,} windows",
             )
         )
@@ -149,7 +162,11 @@ def compare(
     check_fits(reference, "reference", windows)
     check_fits(model, "model", windows)
     rows = []
-    with evaluating(reference), evaluating(model):
+    with (
+        evaluating(reference),
+        evaluating(model),
+        watching_experts(reference, model) as experts,
+    ):
         expectations, predicted = predictions(reference, windows), predictions(model, windows)
         for i, window in numbered_windows(windows, "compare", progress):
             expected = next(expectations)
@@ -163,7 +180,8 @@ def compare(
             nll_reference = _mean_nll("reference", expected, window, i)
             nll = _mean_nll("model", logits, window, i)
             rows.append(torch.stack([nll_reference, nll, nll - nll_reference, kl, agreement]))
-    return _comparison(torch.stack(rows), tokens=windows[:, 1:].numel())
+    compared = _comparison(torch.stack(rows), tokens=windows[:, 1:].numel())
+    return replace(compared, experts_changed=experts.shares())
 
 
 def _exp(nll: float) -> float:

@@ -3,7 +3,9 @@
     y[t, n] = (sum over k of q_x[t, k] * q_w[n, k]) * s_w[n] * s_x[t] + bias[n]
 
 The integers are those of :mod:`haq.int8.grid`, their sum is exact in int32, the rest is float32 in
-this order, and the result is cast to the input's dtype. All backends give the same bits, and so
+this order, and the result is cast to the input's dtype. Where a token has a zero point, too
+(:mod:`haq.int8.tokens`), its distance from -128 times the sum of the weight's row is added before
+s_x. All backends give the same bits, and so
 does a token alone and in a batch.
 
 A fast kernel can be wrong without saying so: without VNNI, some add pairs of products in int16,
@@ -25,11 +27,12 @@ from dataclasses import astuple, dataclass
 import torch
 from torch import Tensor
 
-from haq.int8 import cpu, cuda, grid, reference, speed
+from haq.int8 import cpu, cuda, reference, speed
 from haq.int8.reference import PackedWeight
+from haq.int8.tokens import RoundedTokens, round_tokens
 
-MAX_IN_FEATURES = (2**31 - 1) // (127 * 128)
-"""Longer sums could leave int32: 132 104."""
+MAX_IN_FEATURES = (2**31 - 1) // (128 * 128)
+"""Longer sums could leave int32: 131 071."""
 
 
 @dataclass(frozen=True)
@@ -67,13 +70,17 @@ _RIVALS = ("fbgemm", "onednn")
 _WORTH_MEASURING = 2**20
 
 
-def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
+def linear(
+    x: Tensor, weight: PackedWeight, bias: Tensor | None = None, row_sums: Tensor | None = None
+) -> Tensor:
     """The W8A8 product of this module's formula: every token is given its scale as it arrives.
 
     Args:
         x: float ``[..., K]``.
         weight: packed ``[N, K]``.
         bias: float32 ``[N]``.
+        row_sums: float32 ``[N]``, what `row_sums` gives, for tokens with a zero point; None for the
+            symmetric grid.
 
     Returns:
         ``[..., N]``, dtype of ``x``. A token that holds NaN gives NaN, in its own row only.
@@ -83,43 +90,22 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tenso
         >>> linear(torch.tensor([[127.0, 2.4]]), weight)
         tensor([[16129.,   129.]])
     """
-    tokens = x.reshape(-1, x.shape[-1]).contiguous()  # [T, K]
-    rounded, scale = round_tokens(tokens)
-    product = weight.product(rounded).mul_(scale)  # [T, N] float32
+    rounded = round_tokens(x.reshape(-1, x.shape[-1]).contiguous(), row_sums is not None)
+    result = product(rounded, weight, row_sums)  # [T, N] float32
     if bias is not None:
-        product.add_(bias)
-    return product.to(x.dtype).view(*x.shape[:-1], product.shape[-1])
+        result.add_(bias)
+    return result.to(x.dtype).view(*x.shape[:-1], result.shape[-1])
 
 
-def round_tokens(tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """The integers of every token, as floats, and its scale.
-
-    Eager torch pays microseconds per operation, as much as the product of a small weight itself,
-    and each new tensor of a long prompt costs more than what is computed in it: this is the
-    shortest chain, mostly in place, to the integers of `grid.quantize_rows`. A token of zeros gets
-    another scale here than there, which makes its zeros no different.
-
-    Args:
-        tokens: float ``[T, K]``, contiguous; unchanged.
-
-    Returns:
-        float32 ``[T, K]`` of integers in [-127, 127], a new tensor, and float32 ``[T, 1]``.
-
-    Examples:
-        >>> round_tokens(torch.tensor([[1.27, -0.5]]))
-        (tensor([[127., -50.]]), tensor([[0.0100]]))
-    """
-    if tokens.dtype == torch.float32:
-        scale = _token_scale(tokens)
-        return (tokens / scale).round_(), scale
-    values = tokens.float()
-    scale = _token_scale(values)
-    return values.div_(scale).round_(), scale
-
-
-def _token_scale(values: Tensor) -> Tensor:
-    largest = values.abs().amax(-1, keepdim=True)
-    return largest.clamp_(min=grid.SMALLEST_SCALE * grid.QMAX).div_(grid.QMAX)
+def product(
+    tokens: RoundedTokens, weight: PackedWeight, row_sums: Tensor | None, out: Tensor | None = None
+) -> Tensor:
+    """The product of tokens that are rounded already: float32 ``[T, N]``, in ``out`` if given."""
+    sums = weight.product(tokens.integers)
+    if tokens.shift is not None:
+        assert row_sums is not None
+        sums.addcmul_(tokens.shift, row_sums)
+    return torch.mul(sums, tokens.scale, out=sums if out is None else out)
 
 
 def pack(weight: Tensor, scale: Tensor) -> PackedWeight:

@@ -30,7 +30,7 @@ class PackedWeight(Protocol):
         """Exact integer sums, times the scales of the weight.
 
         Args:
-            rounded: float32 ``[T, K]`` of integers in [-127, 127], contiguous. May be overwritten.
+            rounded: float32 ``[T, K]`` of integers in [-128, 127], contiguous. May be overwritten.
 
         Returns:
             float32 ``[T, N]``, a new tensor: ``float(sum) * scale``, rounded in this order.
@@ -94,8 +94,8 @@ def int_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 # Odd sides, so that every kernel meets its edges. K is the largest prime for which all sums of
-# [-127, 127] times [-128, 127] stay below 2^24, where float32 still tells integers apart.
-_N, _K = 37, 1031
+# [-128, 127] times [-128, 127] stay below 2^24, where float32 still tells integers apart.
+_N, _K = 37, 1021
 
 
 def difference(pack: Callable[[Tensor, Tensor], PackedWeight], device: torch.device) -> str:
@@ -141,5 +141,5 @@ def _extreme_integers() -> tuple[Tensor, Tensor]:
         return torch.randint(low, grid.QMAX + 1, shape, dtype=torch.int8, generator=generator)
 
     weight = torch.cat([patterns, lowest, random(_N - 5, low=-128)])
-    inputs = torch.cat([patterns, random(29, low=-grid.QMAX)])
+    inputs = torch.cat([patterns, lowest, random(28, low=-128)])
     return weight, inputs

@@ -4,7 +4,6 @@ Everywhere else in haq a weight is ``[N, K]``: N output channels, K input channe
 the transpose; this is the only file that knows.
 """
 
-import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -51,13 +50,3 @@ def linears(block: nn.Module) -> dict[str, nn.Module]:
         ['0', '2']
     """
     return {name: module for name, module in block.named_modules() if is_linear(module)}
-
-
-def unknown_weights(block: nn.Module) -> dict[str, torch.Size]:
-    """Parameters with two or more dimensions that no linear owns: what haq would leave in float."""
-    known = {id(module.weight) for module in linears(block).values()}
-    return {
-        name: parameter.shape
-        for name, parameter in block.named_parameters()
-        if parameter.dim() >= 2 and id(parameter) not in known
-    }

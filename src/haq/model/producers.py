@@ -9,9 +9,9 @@ is measured here, not looked up in a table of architectures:
    random factors. If every channel of the input in question comes back multiplied by the factor of
    the row that would feed it, for every token, the path between is exactly rescalable. The factors
    are powers of two, which no sum of floats rounds: channels that hardly ever fire tell as well.
-2. Other random factors, all different, are then folded, ``f`` into the candidate and ``1/f`` into
-   the consumers, and the block must compute what it did before. A norm whose output also feeds the
-   residual stream fails.
+2. Such factors are then folded, ``f`` into the candidate and ``1/f`` into all that reads it, and
+   the block must compute what it did before. A norm whose output also feeds the residual stream
+   fails.
 
 This finds norm -> {q, k, v}, v -> o (with grouped-query attention one factor per shared row),
 up -> down through a gated activation, fc1 -> fc2 through a ReLU but not through a GELU, the value
@@ -26,33 +26,21 @@ import torch
 from torch import Tensor, nn
 
 from haq.model.blocks import BlockBatch, run_block, token_rows
-from haq.model.linears import bias_view, is_linear, weight_of, weight_view
+from haq.model.experts import is_experts
+from haq.model.folding import (
+    Producer,
+    fold_reversibly,
+    keep_parameters,
+    num_rows,
+    same_function,
+    scale_rows,
+)
+from haq.model.linears import is_linear
 from haq.model.trace import Event, observe_inputs
 
 # A channel must follow its factor to this relative precision, over all tokens. Only 1 + w of some
 # norms is rounded at all, to 1e-7; a GELU instead of a ReLU is off by more than 1e-2.
 _RATIO_TOLERANCE = 1e-5
-
-# Folding random factors of up to two may change the block's output by this fraction of what the
-# block adds to its input, and of its output (the rounding of a large residual stream).
-_FOLD_TOLERANCE = 1e-3
-_ROUNDING_TOLERANCE = 1e-5
-
-
-@dataclass(frozen=True)
-class Producer:
-    """A module whose output channels can be rescaled, and how they reach the group.
-
-    Attributes:
-        name: the module in its block.
-        rows: int64 ``[K]``; row ``rows[k]`` of the producer feeds input channel ``k`` of the
-            consumers. Channels with the same row must share one scale.
-        offset: the producer multiplies by ``offset + weight``: 1 for Gemma's norms, else 0.
-    """
-
-    name: str
-    rows: Tensor
-    offset: float = 0.0
 
 
 def find_producer(
@@ -60,6 +48,7 @@ def find_producer(
     batch: BlockBatch,
     trace: Sequence[Event],
     consumers: tuple[str, ...],
+    routers: tuple[str, ...] = (),
 ) -> Producer | None:
     """What can absorb the inverse scale of the tensor that ``consumers`` read; None if nothing can.
 
@@ -67,43 +56,49 @@ def find_producer(
         block: a decoder block in float32; left as it was.
         batch: what the block is given for one real batch, in float32.
         trace: what `trace_block` saw with these arguments.
-        consumers: linears of the block that read one tensor.
+        consumers: linears and experts of the block that read one tensor.
+        routers: float modules that read it, too.
     """
-    return _Search(block, batch, trace, consumers).find()
+    return _Search(block, batch, trace, consumers, routers).find()
 
 
-def fold(
-    block: nn.Module,
-    producer: Producer,
-    consumers: tuple[str, ...],
-    scale: Tensor,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Divide the consumers' input channels by ``scale`` and multiply their weights, in place.
+def rescalable_rows(
+    activation: Callable[[Tensor], Tensor], rows: int, channels: int
+) -> Tensor | None:
+    """Which of an expert's first rows can absorb scales of what its second matrix reads.
 
-    The producer's parameters will be stored in ``dtype``. A norm's weight is rounded to it here and
-    the consumers take the factor that was really applied, so that folding into a 16-bit norm is as
-    exact as into a 32-bit one.
+    Asked of the function between the two, which is the same for all experts of a layer and known
+    without any token: the up rows, wherever they stand, if the output is proportional to them.
 
     Args:
-        block: a decoder block in float32.
-        producer: what makes their input.
-        consumers: linears of the block that read one tensor.
-        scale: float32 ``[K]``, positive, equal where ``producer.rows`` is.
-        dtype: the dtype in which the model keeps the producer.
+        activation: from ``[T, rows]`` to ``[T, channels]``.
+        rows: of the first matrix, gate included.
+        channels: that the second matrix reads.
 
     Returns:
-        float32 ``[K]``: the scale that was really applied.
+        int64 ``[channels]``, or None if there are no such rows.
+
+    Examples:
+        >>> def silu_gate(x):
+        ...     gate, up = x.chunk(2, dim=-1)
+        ...     return torch.nn.functional.silu(gate) * up
+        >>> rescalable_rows(silu_gate, rows=6, channels=3)
+        tensor([3, 4, 5])
+        >>> rescalable_rows(torch.nn.functional.gelu, rows=3, channels=3) is None
+        True
     """
-    module = block.get_submodule(producer.name)
-    num_rows = _num_rows(module)
-    factors = torch.ones(num_rows, device=scale.device)
-    factors[producer.rows] = 1 / scale
-    keep = None if is_linear(module) else dtype
-    applied = 1 / _scale_rows(module, factors, producer.offset, keep)[producer.rows]
-    for name in consumers:
-        weight_view(block.get_submodule(name)).mul_(applied)
-    return applied
+    generator = torch.Generator().manual_seed(rows)
+    # Large values too: some families cut them off.
+    inputs = 8 * torch.randn(64, rows, generator=generator)
+    before = activation(inputs)
+    for layout in _row_layouts(rows, channels):
+        factors = torch.ones(rows)
+        factors[layout] = _powers_of_two(len(layout), inputs.device)
+        if len(layout) == channels and _follows(
+            before, activation(inputs * factors), factors[layout]
+        ):
+            return layout
+    return None
 
 
 @dataclass(frozen=True)
@@ -112,6 +107,7 @@ class _Search:
     batch: BlockBatch
     trace: Sequence[Event]
     consumers: tuple[str, ...]
+    routers: tuple[str, ...]
 
     def find(self) -> Producer | None:
         for candidate in self._candidates():
@@ -133,9 +129,9 @@ class _Search:
         channels = self._input.shape[-1]
         for event in reversed(before):
             if is_linear(event.module):
-                for rows in _row_layouts(_num_rows(event.module), channels):
+                for rows in _row_layouts(num_rows(event.module), channels):
                     yield _Candidate(event.name, rows, 0.0)
-            elif _num_rows(event.module) == channels:
+            elif not is_experts(event.module) and num_rows(event.module) == channels:
                 rows = torch.arange(channels, device=self.batch.hidden.device)
                 yield _Candidate(event.name, rows, 0.0)
                 yield _Candidate(event.name, rows, 1.0)
@@ -144,13 +140,13 @@ class _Search:
         """Multiply the candidate's rows by factors and look for them in the input."""
         module = self.block.get_submodule(candidate.name)
         rows = candidate.rows.to(self.batch.hidden.device)
-        factors = torch.ones(_num_rows(module), device=self.batch.hidden.device)
+        factors = torch.ones(num_rows(module), device=self.batch.hidden.device)
         factors[rows] = _powers_of_two(len(rows), self.batch.hidden.device)
         after: list[Tensor] = []
         restore = keep_parameters(module)
         try:
             keep = None if is_linear(module) else torch.float32
-            applied = _scale_rows(module, factors, candidate.offset, keep)
+            applied = scale_rows(module, factors, candidate.offset, keep)
             observe_inputs(self.block, {self.consumers[0]: after.append}, [self.batch])
         finally:
             restore()
@@ -163,14 +159,15 @@ class _Search:
         """Fold random factors; the block must still compute the same."""
         reference = run_block(self.block, self.batch)
         module = self.block.get_submodule(producer.name)
-        touched = [module, *(self.block.get_submodule(name) for name in self.consumers)]
-        restore = keep_parameters(*touched)
+        # Powers of two again: no choice of experts can turn by rounding.
+        scale = _powers_of_two(num_rows(module), self.batch.hidden.device)[producer.rows]
+        undo = fold_reversibly(
+            self.block, producer, self.consumers + self.routers, scale, torch.float32
+        )
         try:
-            scale = _distinct_factors(_num_rows(module), self.batch.hidden.device)[producer.rows]
-            fold(self.block, producer, self.consumers, scale, torch.float32)
             folded = run_block(self.block, self.batch)
         finally:
-            restore()
+            undo()
         return same_function(self.batch.hidden, reference, folded)
 
 
@@ -181,44 +178,36 @@ class _Candidate:
     offset: float
 
 
-def same_function(hidden: Tensor, reference: Tensor, output: Tensor) -> bool:
-    """Whether two outputs ``[B, T, D]`` of a block for ``hidden`` differ by rounding only.
-
-    Measured against what the block adds to its input, since a large residual stream would hide an
-    error in it.
-    """
-    difference = torch.linalg.vector_norm(output - reference)
-    added = torch.linalg.vector_norm(reference - hidden)
-    size = torch.linalg.vector_norm(reference)
-    return bool(difference <= _FOLD_TOLERANCE * added + _ROUNDING_TOLERANCE * size)
-
-
-def _row_layouts(num_rows: int, channels: int) -> Iterator[Tensor]:
+def _row_layouts(count: int, channels: int) -> Iterator[Tensor]:
     """Which rows of a linear's output may be what the group reads, most likely first.
 
     All of them; or, in a fused projection, the last or first part of the output (values after
-    queries and keys; up after or before gate), the odd or even rows (interleaved gate and up), or
-    the values inside each head of an interleaved qkv projection. With C channels read, F rows and
-    grouped-query attention, queries and two blocks of r rows make F = C + 2 r.
+    queries and keys; up after or before gate), the odd or even rows (interleaved gate and up), the
+    values inside each head of an interleaved qkv projection, or the last rows of each head (values
+    after keys). With C channels read, F rows and grouped-query attention, queries and two blocks of
+    r rows make F = C + 2 r.
     """
-    every = torch.arange(num_rows)
-    if num_rows <= channels:
-        if channels % num_rows == 0:
+    every = torch.arange(count)
+    if count <= channels:
+        if channels % count == 0:
             yield every
         return
-    if num_rows == 2 * channels:
+    if count == 2 * channels:
         yield every[channels:]
         yield every[:channels]
         yield every[1::2]
         yield every[::2]
-    values, remainder = divmod(num_rows - channels, 2)
-    if remainder or values == 0 or channels % values:
-        return
-    yield every[-values:]
-    repeats = channels // values
-    for head in range(values, 0, -1):
-        if values % head == 0:
-            yield every[(every // head) % (repeats + 2) == repeats + 1]
+    values, remainder = divmod(count - channels, 2)
+    if not remainder and values and channels % values == 0:
+        yield every[-values:]
+        repeats = channels // values
+        for head in range(values, 0, -1):
+            if values % head == 0:
+                yield every[(every // head) % (repeats + 2) == repeats + 1]
+    for heads in range(2, channels):
+        if count % heads == channels % heads == 0:
+            width = count // heads
+            yield every[every % width >= width - channels // heads]
 
 
 def _channel_maps(rows: Tensor, channels: int) -> Iterator[Tensor]:
@@ -243,13 +232,6 @@ def _powers_of_two(count: int, device: torch.device) -> Tensor:
     return (2 ** exponents[order % len(exponents)]).to(device)
 
 
-def _distinct_factors(count: int, device: torch.device) -> Tensor:
-    """Factors in [1/2, 2], all different, in a fixed random order: float32 ``[count]``."""
-    generator = torch.Generator().manual_seed(count)
-    spread = torch.linspace(-1, 1, count) if count > 1 else torch.ones(1)
-    return (2**spread)[torch.randperm(count, generator=generator)].to(device)
-
-
 def _follows(before: Tensor, after: Tensor, factors: Tensor) -> bool:
     """Whether ``after`` ``[T, K]`` is ``before`` with channel k multiplied by ``factors[k]``.
 
@@ -260,52 +242,3 @@ def _follows(before: Tensor, after: Tensor, factors: Tensor) -> bool:
     error = (after - before * factors).square().sum(0)
     followed = error <= (_RATIO_TOLERANCE * factors).square() * energy
     return bool(followed.all() & (energy > 0).any())
-
-
-def _num_rows(module: nn.Module) -> int:
-    return len(_rows_view(module))
-
-
-def _rows_view(module: nn.Module) -> Tensor:
-    """The weight with its output channels first: ``[N, K]`` of a linear, ``[N]`` of a norm."""
-    return weight_view(module) if is_linear(module) else weight_of(module)
-
-
-def _scale_rows(
-    module: nn.Module, factors: Tensor, offset: float, dtype: torch.dtype | None
-) -> Tensor:
-    """Multiply output row n by ``factors[n]`` in place; return the factors really applied.
-
-    With ``dtype`` the new weight is rounded to it, and the factor applied is the ratio of the new
-    weight to the old. Where a weight is zero there is no ratio, and nothing to rescale but a bias.
-    """
-    weight = _rows_view(module)
-    applied = factors
-    if dtype is None:
-        by_row = factors[:, None] if weight.dim() == 2 else factors
-        weight.copy_((offset + weight) * by_row - offset)
-    else:
-        multiplier = offset + weight
-        weight.copy_(((multiplier * factors) - offset).to(dtype))
-        rounded = offset + weight
-        exact = (multiplier != 0) & (rounded != 0)
-        applied = torch.where(exact, rounded / multiplier, factors)
-    bias = bias_view(module)
-    if bias is not None:
-        bias.mul_(applied)
-    return applied
-
-
-def keep_parameters(*modules: nn.Module) -> Callable[[], None]:
-    """Remember the modules' own parameters; calling what is returned puts them back."""
-    kept = [
-        (parameter, parameter.data.clone())
-        for module in modules
-        for parameter in module.parameters(recurse=False)
-    ]
-
-    def restore() -> None:
-        for parameter, values in kept:
-            parameter.data.copy_(values)
-
-    return restore

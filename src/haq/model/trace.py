@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from haq.model.blocks import BlockBatch, run_block, token_rows
+from haq.model.experts import dense_layers, is_experts
 from haq.model.linears import is_linear
 
 
@@ -29,7 +30,7 @@ class Event:
 
 
 def trace_block(block: nn.Module, batch: BlockBatch) -> list[Event]:
-    """Every linear and norm that ran, in order.
+    """Every linear, norm and set of experts that ran, in order; not what is inside of experts.
 
     The events hold the tensors, so that no address is used twice: equal addresses mean one tensor.
     """
@@ -39,7 +40,10 @@ def trace_block(block: nn.Module, batch: BlockBatch) -> list[Event]:
         if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
             events.append(Event(name, module, args[0], output))
 
-    watched = [(n, m) for n, m in block.named_modules() if is_linear(m) or is_norm(m)]
+    layers = dense_layers(block)
+    watched = [
+        (n, m) for n, m in block.named_modules() if n in layers or is_norm(m) or is_experts(m)
+    ]
     handles = [module.register_forward_hook(partial(note, name)) for name, module in watched]
     try:
         run_block(block, batch)
@@ -55,34 +59,40 @@ def is_norm(module: nn.Module) -> bool:
     return isinstance(weight, nn.Parameter) and weight.dim() == 1 and not list(module.children())
 
 
+def is_reader(module: nn.Module) -> bool:
+    """Whether ``module`` multiplies its input by matrices that become int8."""
+    return is_linear(module) or is_experts(module)
+
+
 def readers_of_one_tensor(trace: list[Event]) -> list[tuple[str, ...]]:
-    """The linears of a trace, those that read the same memory together, in order of their calls."""
+    """The readers of a trace, those of the same memory together, in order of their calls."""
     by_memory: dict[tuple[int, int], list[str]] = {}
     for event in trace:
-        if is_linear(event.module):
+        if is_reader(event.module):
             readers = by_memory.setdefault((event.input.data_ptr(), event.input.numel()), [])
             if event.name not in readers:
                 readers.append(event.name)
     return [tuple(names) for names in by_memory.values()]
 
 
-def observe_inputs(
-    block: nn.Module,
-    watchers: Mapping[str, Callable[[Tensor], None]],
-    batches: Iterable[BlockBatch],
+Watcher = Callable[[tuple[Any, ...], Tensor], None]
+"""Takes the positional arguments of a module's call and the token mask, bool ``[B, T]``."""
+
+
+def observe_calls(
+    block: nn.Module, watchers: Mapping[str, Watcher], batches: Iterable[BlockBatch]
 ) -> None:
-    """Run ``block`` on every batch and hand each watched module's input to its watcher.
+    """Run ``block`` on every batch and show each watched module's calls to its watcher.
 
     Args:
         block: a decoder block.
-        watchers: by module name in the block, what to call with the input's rows ``[tokens, K]``,
-            padding left out.
+        watchers: by module name in the block.
         batches: what to run on.
     """
     mask = Tensor()
 
-    def note(watch: Callable[[Tensor], None], module: nn.Module, args: tuple[Any, ...]) -> None:
-        watch(token_rows(args[0], mask))
+    def note(watch: Watcher, module: nn.Module, args: tuple[Any, ...]) -> None:
+        watch(args, mask)
 
     handles = [
         block.get_submodule(name).register_forward_pre_hook(partial(note, watch))
@@ -95,3 +105,17 @@ def observe_inputs(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def input_rows(watch: Callable[[Tensor], None]) -> Watcher:
+    """A watcher that hands on the rows ``[tokens, K]`` of the first argument, without padding."""
+    return lambda args, mask: watch(token_rows(args[0], mask))
+
+
+def observe_inputs(
+    block: nn.Module,
+    watchers: Mapping[str, Callable[[Tensor], None]],
+    batches: Iterable[BlockBatch],
+) -> None:
+    """Run ``block`` on every batch and hand each watched module's `input_rows` to its watcher."""
+    observe_calls(block, {name: input_rows(watch) for name, watch in watchers.items()}, batches)

@@ -1,7 +1,5 @@
 """A linear layer whose weight and input are int8 and whose product runs in int8."""
 
-import itertools
-import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, Self
 
@@ -9,6 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from haq.int8 import grid, matmul
+from haq.int8.tokens import RoundedTokens, row_sums
+from haq.nn.handles import register, registered
+
+# What `_set_weight` makes of the weight and nothing else keeps.
+_DERIVED = ("_packed", "_row_sums")
 
 
 class Int8Linear(nn.Module):
@@ -29,6 +32,8 @@ class Int8Linear(nn.Module):
         weight: int8 ``[N, K]``.
         weight_scale: float32 ``[N, 1]``, finite and positive.
         bias: float32 ``[N]``, or None.
+        asymmetric: give each token a zero point beside its scale, so that 256 integers span its
+            range: for inputs that are not centered, such as what an activation gives.
 
     Attributes:
         in_features: K.
@@ -50,21 +55,32 @@ class Int8Linear(nn.Module):
     weight_scale: Tensor
     bias: Tensor | None
 
-    def __init__(self, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None = None,
+        *,
+        asymmetric: bool = False,
+    ) -> None:
         super().__init__()
         _check(weight, weight_scale, bias)
+        self.asymmetric = asymmetric
         self.out_features, self.in_features = weight.shape
         self.register_buffer("weight_scale", weight_scale.detach().to(weight.device))
         self.register_buffer("bias", None if bias is None else bias.detach().to(weight.device))
         self._set_weight(weight.detach())
 
     @classmethod
-    def from_float(cls, weight: Tensor, bias: Tensor | None = None) -> Self:
+    def from_float(
+        cls, weight: Tensor, bias: Tensor | None = None, *, asymmetric: bool = False
+    ) -> Self:
         """Quantize a float weight by rounding to nearest, one scale per output channel.
 
         Args:
             weight: float ``[N, K]``.
             bias: float ``[N]``, or None.
+            asymmetric: as for the class.
 
         Raises:
             TypeError: a tensor is not float.
@@ -81,7 +97,8 @@ class Int8Linear(nn.Module):
         weight = weight.detach()
         scale = grid.row_scale(weight)  # [N, 1], not finite where its row is not
         _check_finite("weight", scale, "of its rows")
-        return cls(grid.quantize(weight, scale), scale, None if bias is None else bias.float())
+        bias = None if bias is None else bias.float()
+        return cls(grid.quantize(weight, scale), scale, bias, asymmetric=asymmetric)
 
     @property
     def weight(self) -> Tensor:
@@ -120,17 +137,34 @@ class Int8Linear(nn.Module):
             # which cannot look into packed weights, is shown one.
             compiled: Tensor = torch.ops.haq.int8_linear(x, self._handle, self.out_features)
             return compiled
-        return matmul.linear(x, self._packed, self.bias)
+        return self._linear(x)
+
+    def _linear(self, x: Tensor) -> Tensor:
+        return matmul.linear(x, self._packed, self.bias, self._row_sums)
+
+    def product(self, tokens: RoundedTokens, out: Tensor | None = None) -> Tensor:
+        """The product with tokens that `haq.int8.tokens.round_tokens` rounded; without the bias.
+
+        Args:
+            tokens: ``[T, K]``, with a shift only if the layer is asymmetric.
+            out: float32 ``[T, N]`` to write to.
+
+        Returns:
+            float32 ``[T, N]``.
+        """
+        return matmul.product(tokens, self._packed, self._row_sums, out)
 
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, backend={self.backend}"
+            f"{', asymmetric' if self.asymmetric else ''}"
         )
 
     def _set_weight(self, weight: Tensor) -> None:
         self._packed = matmul.pack(weight.contiguous(), self.weight_scale)
-        self._handle = _register(self)
+        self._row_sums = row_sums(weight, self.weight_scale) if self.asymmetric else None
+        self._handle = register(self)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move without casting: bfloat16 would cost scale and bias the precision they are for."""
@@ -194,7 +228,7 @@ class Int8Linear(nn.Module):
         self._set_weight(here["weight"])
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {key: value for key, value in self.__dict__.items() if key != "_packed"}
+        state = {key: value for key, value in self.__dict__.items() if key not in _DERIVED}
         return {**state, "_weight": self.weight}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -205,21 +239,11 @@ class Int8Linear(nn.Module):
         self._set_weight(weight)
 
 
-# The compiler cannot pass a packed weight to an operator, but it can pass a number.
-_layers: weakref.WeakValueDictionary[int, Int8Linear] = weakref.WeakValueDictionary()
-_handles = itertools.count()
-
-
-def _register(layer: Int8Linear) -> int:
-    handle = next(_handles)
-    _layers[handle] = layer
-    return handle
-
-
 @torch.library.custom_op("haq::int8_linear", mutates_args=())
 def _int8_linear(x: Tensor, handle: int, out_features: int) -> Tensor:
-    layer = _layers[handle]
-    return matmul.linear(x, layer._packed, layer.bias)
+    layer = registered(handle)
+    assert isinstance(layer, Int8Linear)
+    return layer._linear(x)
 
 
 @_int8_linear.register_fake

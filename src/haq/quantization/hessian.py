@@ -48,6 +48,18 @@ class SecondMoment:
         """H over the number of tokens: float32 ``[K, K]``, all zero if there were none."""
         return self._sum / max(self.tokens, 1)
 
+    def take_mean(self) -> Tensor:
+        """`mean` in the memory of the sum, which is gone: the second call has nothing to give.
+
+        Raises:
+            RuntimeError: it was taken before.
+        """
+        if self._sum.numel() == 0:
+            raise RuntimeError("The second moment was taken already.")
+        mean = self._sum.div_(max(self.tokens, 1))
+        self._sum = torch.empty(0)
+        return mean
+
 
 @dataclass(frozen=True)
 class InverseFactor:
@@ -89,10 +101,8 @@ def inverse_factor(hessian: Tensor, damping: float) -> InverseFactor | None:
     attempts = [(level, 0.0) for level in _damping_levels(damping)]
     attempts += [(_LARGEST_DAMPING, floor) for floor in _DIAGONAL_FLOORS]
     for level, floor in attempts:
-        damped = hessian.clone()
         raised = diagonal.clamp(min=floor * diagonal.max()) + level * mean
-        damped.diagonal().copy_(torch.where(dead, 1.0, raised))
-        upper = _factor_of_inverse(damped)
+        upper = _factor_of_inverse(hessian, torch.where(dead, 1.0, raised))
         if upper is not None:
             return InverseFactor(upper, level, floor)
     return None
@@ -105,15 +115,21 @@ def _damping_levels(first: float) -> list[float]:
     return levels
 
 
-def _factor_of_inverse(matrix: Tensor) -> Tensor | None:
-    """U with ``matrix ^ -1 = U^T U``, or None if ``matrix`` is not positive definite.
+def _factor_of_inverse(matrix: Tensor, diagonal: Tensor) -> Tensor | None:
+    """U with ``M ^ -1 = U^T U``, or None if M, ``matrix`` with another diagonal, is not positive.
 
-    ``matrix = R R^T`` with R upper triangular is a Cholesky factorization from the last row up, and
-    U is the inverse of R. The inverse of ``matrix`` itself, the less accurate way, is never formed.
+    ``M = R R^T`` with R upper triangular is a Cholesky factorization from the last row up, and U is
+    the inverse of R. The inverse of M itself, the less accurate way, is never formed. In memory are
+    at most two matrices beside the one that is given: for an expert each has hundreds of megabytes.
     """
-    lower, failed = torch.linalg.cholesky_ex(matrix.flip(0, 1))
+    reversed_rows = matrix.flip(0, 1)
+    reversed_rows.diagonal().copy_(diagonal.flip(0))
+    info = torch.empty(0, dtype=torch.int32, device=matrix.device)
+    lower, failed = torch.linalg.cholesky_ex(reversed_rows, out=(reversed_rows, info))
     if failed or not bool(lower.isfinite().all()):
         return None
-    identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-    upper: Tensor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+    factor = lower.flip(0, 1)
+    del reversed_rows, lower
+    upper = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    torch.linalg.solve_triangular(factor, upper, upper=True, out=upper)
     return upper

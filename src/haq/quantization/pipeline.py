@@ -9,6 +9,7 @@ from transformers.utils import logging
 
 from haq.config import QuantizationConfig
 from haq.model.blocks import BlockInputs, capture_block_inputs, run_block
+from haq.model.experts import fused_experts, routers
 from haq.model.linears import linears
 from haq.nn import Int8Linear
 from haq.quantization.block import quantize_block
@@ -30,9 +31,11 @@ def quantize_model(
     For each block in order, with the inputs that the int8 blocks before it really produce: group
     the linears that share an input, smooth each group with the scale that leaves the smallest error
     in what the block computes, accumulate the second moments of the quantized inputs, round every
-    weight with error compensation, and replace the linears by `haq.nn.Int8Linear`. Embeddings,
-    norms and the head stay float. Memory: the model, one block in float32, and the calibration
-    tokens' hidden states. The same call on the same machine gives the same bytes.
+    weight with error compensation, and replace the linears by `haq.Int8Linear`. In a mixture of
+    experts every expert is treated like this on the tokens that choose it, and `haq.Int8Experts`
+    takes their place. Embeddings, norms, routers and the head stay float. Memory: the model, one
+    block in float32, the statistics of one expert, and the calibration tokens' hidden states. The
+    same call on the same machine gives the same bytes.
 
     Whatever is raised, a keyboard interrupt included, every block is either int8 or as it was. A
     note on the exception says how many are int8; the same call goes on after them.
@@ -74,13 +77,15 @@ def quantize_model(
     try:
         inputs = capture_block_inputs(model, blocks, batches)
         if report is None:
-            kept = _kept_float(model, f"{name}.", excluded)
+            kept = _kept_float(model, blocks, f"{name}.", excluded)
             report = QuantizationReport(
                 type(model).__name__, config, len(blocks), inputs.num_tokens, kept_float=kept
             )
             attach_report(model, report)
         _quantize_blocks(blocks, name, inputs, excluded, report, progress)
     except BaseException as error:
+        if report is not None:
+            _drop_what_is_not_there(report, blocks)
         error.add_note(_state_of(model, report))
         raise
     finally:
@@ -106,12 +111,12 @@ def _quantize_blocks(
             prefix = f"{name}.{i}"
             if i >= len(report.blocks):
                 inside = {n.removeprefix(f"{prefix}.") for n in excluded if n.startswith(prefix)}
-                converted, layers = quantize_block(
+                converted, block_report = quantize_block(
                     block, batches, report.config, prefix, frozenset(inside)
                 )
-                # From here on the block is int8: one assignment, and its line in the report.
+                # The report first: what it has too much after an interrupt can be taken off.
+                report.blocks.append(block_report)
                 blocks[i] = block = converted
-                report.blocks.append(layers)
             inputs.hidden = [run_block(block, batch) for batch in batches]
             _check_finite(inputs, prefix)
             bar.update()
@@ -125,6 +130,8 @@ def _report_to_continue(
     converted = any(isinstance(module, Int8Linear) for module in blocks.modules())
     if report is None and not converted:
         return None
+    if report is not None:
+        _drop_what_is_not_there(report, blocks)
     if report is None or report.complete:
         raise ValueError(
             f"`model` is already int8: {type(model).__name__} has `Int8Linear` layers. Load the "
@@ -138,9 +145,23 @@ def _report_to_continue(
     return report
 
 
-def _kept_float(model: nn.Module, prefix: str, excluded: frozenset[str]) -> list[str]:
-    """Linear modules outside the blocks, and those that the user excluded."""
-    return [n for n in linears(model) if n in excluded or not n.startswith(prefix)]
+def _drop_what_is_not_there(report: QuantizationReport, blocks: nn.ModuleList) -> None:
+    """Take the line of a block off whose replacement an interrupt prevented."""
+    last = len(report.blocks) - 1
+    if report.blocks and report.blocks[last].layers:
+        if not any(isinstance(module, Int8Linear) for module in blocks[last].modules()):
+            del report.blocks[last]
+
+
+def _kept_float(
+    model: nn.Module, blocks: nn.ModuleList, prefix: str, excluded: frozenset[str]
+) -> list[str]:
+    """Linears outside the blocks, what the user excluded, and the routers of experts."""
+    inside = [n for n in (*linears(model), *fused_experts(model)) if n.startswith(prefix)]
+    routing = [f"{prefix}{i}.{n}" for i, block in enumerate(blocks) for n in routers(block)]
+    # A linear router is listed once, and so is one with a linear inside.
+    others = [n for n in linears(model) if not n.startswith(prefix)]
+    return [*others, *(n for n in inside if n in excluded and n not in routing), *routing]
 
 
 def _check_finite(inputs: BlockInputs, block_name: str) -> None:

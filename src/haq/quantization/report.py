@@ -1,7 +1,8 @@
 """What was done to each layer, and what it cost."""
 
 import html
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -29,6 +30,9 @@ class LayerReport:
             to nearest.
         error_after: the same as it is now.
         note: anything that did not go as configured; empty if nothing.
+        expert: the number of the expert that the layer belongs to; None if every token reaches it.
+        asymmetric: whether its input is rounded with a zero point for each token ("u8" in the
+            table) or symmetrically ("s8").
     """
 
     name: str
@@ -40,6 +44,41 @@ class LayerReport:
     error_before: float
     error_after: float
     note: str = ""
+    expert: int | None = None
+    asymmetric: bool = False
+
+
+@dataclass(frozen=True)
+class RoutingReport:
+    """The router of one mixture-of-experts layer.
+
+    Attributes:
+        name: the experts module in the model.
+        tokens: how many calibration tokens chose each expert.
+        starved: experts that too few tokens chose for their Hessian to mean anything: rounded to
+            nearest, with scales from what other experts read.
+        changed: share of sampled tokens whose set of experts differs between the float and the int8
+            block, both given what the int8 blocks before produce. What piles up over all blocks is
+            in `haq.compare`.
+    """
+
+    name: str
+    tokens: tuple[int, ...]
+    starved: tuple[int, ...]
+    changed: float
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """What was done to one decoder block.
+
+    Attributes:
+        layers: its int8 layers, those of experts included.
+        routing: one entry for each set of experts; empty in a dense block.
+    """
+
+    layers: list[LayerReport]
+    routing: list[RoutingReport] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -52,8 +91,8 @@ class QuantizationReport:
         model: class name of the model.
         config: what it was quantized with.
         num_blocks: how many decoder blocks the model has.
-        blocks: the layers of each block that is int8 by now.
-        kept_float: names of linear modules that stayed float.
+        blocks: each block that is int8 by now.
+        kept_float: names of modules with matrices that stayed float.
         tokens: calibration tokens, padding excluded.
     """
 
@@ -61,13 +100,18 @@ class QuantizationReport:
     config: QuantizationConfig
     num_blocks: int
     tokens: int
-    blocks: list[list[LayerReport]] = field(default_factory=list)
+    blocks: list[BlockReport] = field(default_factory=list)
     kept_float: list[str] = field(default_factory=list)
 
     @property
     def layers(self) -> list[LayerReport]:
         """All int8 layers."""
-        return [layer for block in self.blocks for layer in block]
+        return [layer for block in self.blocks for layer in block.layers]
+
+    @property
+    def routing(self) -> list[RoutingReport]:
+        """All routers, in order; empty for a dense model."""
+        return [routing for block in self.blocks for routing in block.routing]
 
     @property
     def complete(self) -> bool:
@@ -82,11 +126,17 @@ class QuantizationReport:
     def from_dict(cls, values: dict[str, Any]) -> "QuantizationReport":
         """The inverse of `to_dict`."""
         config = QuantizationConfig.from_dict(values["config"])
-        blocks = [[LayerReport(**layer) for layer in block] for block in values["blocks"]]
+        blocks = [
+            BlockReport(
+                [LayerReport(**layer) for layer in block["layers"]],
+                [_routing_from_dict(routing) for routing in block["routing"]],
+            )
+            for block in values["blocks"]
+        ]
         return cls(**{**values, "config": config, "blocks": blocks})
 
     def __str__(self) -> str:
-        rows = [_HEADER, *(_cells(layer) for layer in self.layers)]
+        rows = [_HEADER, *_rows(self.layers)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADER))]
         lines = [
             "  ".join(
@@ -106,7 +156,7 @@ class QuantizationReport:
             )
             return f"<tr>{''.join(styled)}</tr>"
 
-        body = "".join(row(_cells(layer), "td") for layer in self.layers)
+        body = "".join(row(cells, "td") for cells in _rows(self.layers))
         summary = "".join(f"<p>{html.escape(line)}</p>" for line in self._summary())
         return f"<table><thead>{row(_HEADER, 'th')}</thead><tbody>{body}</tbody></table>{summary}"
 
@@ -120,6 +170,7 @@ class QuantizationReport:
             yield f"Incomplete: {len(self.blocks)} of {self.num_blocks} blocks are int8."
         if self.kept_float:
             yield f"Kept in float: {', '.join(self.kept_float)}."
+        yield from (_routing_line(routing) for routing in self.routing)
         noted = sum(bool(layer.note) for layer in self.layers)
         if noted:
             yield (
@@ -128,14 +179,79 @@ class QuantizationReport:
             )
 
 
-_HEADER = ("layer", "shape", "smoothing", "rounding", "tokens", "before", "after", "note")
-_LEFT_ALIGNED = {0, 2, 3, 7}
+_HEADER = ("layer", "shape", "input", "smoothing", "rounding", "tokens", "before", "after", "note")
+_LEFT_ALIGNED = {0, 2, 3, 4, 8}
+
+
+def _rows(layers: Sequence[LayerReport]) -> Iterator[tuple[str, ...]]:
+    """A row for each layer, but one for the same matrix of all experts of a block."""
+    grouped: dict[str, list[LayerReport]] = {}
+    for layer in layers:
+        grouped.setdefault(_name_for_all_experts(layer), []).append(layer)
+    for name, members in grouped.items():
+        yield _cells(members[0]) if len(members) == 1 else _cells_of_experts(name, members)
+
+
+def _name_for_all_experts(layer: LayerReport) -> str:
+    if layer.expert is None:
+        return layer.name
+    before, _, matrix = layer.name.rpartition(f".{layer.expert}.")
+    return f"{before}.*.{matrix}"
+
+
+def _cells_of_experts(name: str, experts: Sequence[LayerReport]) -> tuple[str, ...]:
+    """Ranges for numbers, counts for words; a note names the experts that have one."""
+    tokens = [layer.tokens for layer in experts]
+    errors = [[getattr(e, key) for e in experts] for key in ("error_before", "error_after")]
+    noted: dict[str, list[str]] = {}
+    for layer in experts:
+        if layer.note:
+            text = "starved" if "chose this expert" in layer.note else layer.note
+            noted.setdefault(text, []).append(str(layer.expert))
+    return (
+        name,
+        f"{len(experts)} x {experts[0].out_features} x {experts[0].in_features}",
+        _input(experts[0]),
+        _most(layer.smoothing for layer in experts),
+        _most(layer.rounding for layer in experts),
+        f"{min(tokens):,}-{max(tokens):,}",
+        *(f"{sum(values) / len(values):.1e}" for values in errors),
+        "; ".join(f"{text}: {', '.join(numbers)}" for text, numbers in noted.items()),
+    )
+
+
+def _input(layer: LayerReport) -> str:
+    return "u8" if layer.asymmetric else "s8"
+
+
+def _most(words: Iterable[str]) -> str:
+    """The most frequent word, and in how many cases it was another."""
+    counts = Counter(words)
+    word, count = counts.most_common(1)[0]
+    others = counts.total() - count
+    return f"{word} (+{others} other)" if others else word
+
+
+def _routing_line(routing: RoutingReport) -> str:
+    starved = f" Starved: {', '.join(map(str, routing.starved))}." if routing.starved else ""
+    return (
+        f"{routing.name}: {min(routing.tokens):,} to {max(routing.tokens):,} tokens for each of "
+        f"{len(routing.tokens)} experts; {100 * routing.changed:.2f} % of tokens change experts "
+        f"in this block.{starved}"
+    )
+
+
+def _routing_from_dict(values: dict[str, Any]) -> RoutingReport:
+    return RoutingReport(
+        values["name"], tuple(values["tokens"]), tuple(values["starved"]), values["changed"]
+    )
 
 
 def _cells(layer: LayerReport) -> tuple[str, ...]:
     return (
         layer.name,
         f"{layer.out_features} x {layer.in_features}",
+        _input(layer),
         layer.smoothing,
         layer.rounding,
         f"{layer.tokens:,}",

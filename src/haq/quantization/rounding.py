@@ -57,8 +57,9 @@ def round_with_compensation(weight: Tensor, scale: Tensor, upper: Tensor) -> Ten
         >>> round_with_compensation(torch.tensor([[0.4, 0.4]]), torch.ones(1, 1), upper)
         tensor([[0, 1]], dtype=torch.int8)
     """
-    # Transposed, a column of W is contiguous, and so is what its error is added to.
-    columns = weight.T.to(upper.dtype).contiguous()  # [K, N]
+    # Transposed, a column of W is contiguous, and so is what its error is added to. A copy always:
+    # the transpose of a `Conv1D`'s weight is contiguous as it is.
+    columns = weight.T.to(upper.dtype, copy=True, memory_format=torch.contiguous_format)  # [K, N]
     step = scale.to(upper.dtype).reshape(-1)  # [N]
     rounded = torch.empty(columns.shape, dtype=torch.int8, device=weight.device)
     for start in range(0, len(columns), _BLOCK):

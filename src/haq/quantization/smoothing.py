@@ -10,7 +10,7 @@ input, with both quantizers at work. The best one is then folded (`haq.model.pro
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from haq.int8 import grid
 from haq.model.blocks import BlockBatch, first_tensor, run_block, token_rows
+from haq.model.experts import Expert, ExpertList, input_matrices
 from haq.model.groups import Group
 from haq.model.linears import bias_view, weight_view
 
@@ -125,6 +126,8 @@ def choose_scale(
     statistics: ChannelStatistics,
     sample: Sequence[BlockBatch],
     candidates: Sequence[Candidate],
+    *,
+    powers_of_two: bool = False,
 ) -> Choice:
     """The candidate that leaves the smallest error in what the block computes from the input.
 
@@ -135,11 +138,14 @@ def choose_scale(
         statistics: of the group's input, over all calibration tokens.
         sample: some calibration batches, in float32.
         candidates: what to try; the first of equals wins. A single one is taken without a trial.
+        powers_of_two: round every scale to one, so that 16-bit weights take it without rounding.
 
     Returns:
         The best candidate and its scale.
     """
     options = [Choice(_group_scale(c, block, group, statistics), c) for c in candidates]
+    if powers_of_two:
+        options = [replace(o, scale=o.scale.log2().round().exp2()) for o in options]
     if len(options) == 1:
         return options[0]
     trial = _Trial(block, group.scope, targets, _record_scope(block, group.scope, sample))
@@ -151,11 +157,39 @@ def _group_scale(
 ) -> Tensor:
     """A candidate's s with equal values wherever channels share a row of the producer."""
     assert group.producer is not None
-    weight = torch.stack(
-        [weight_view(block.get_submodule(name)).abs().amax(0) for name in group.consumers]
-    ).amax(0)
+    matrices = [m for n in group.consumers for m in input_matrices(block.get_submodule(n))]
+    weight = torch.stack([matrix.abs().amax(0) for matrix in matrices]).amax(0)
     scale = candidate_scale(candidate, statistics, weight)
     return _largest_of_each_row(scale, group.producer.rows)
+
+
+def choose_scale_of_layer(
+    linear: nn.Module,
+    statistics: ChannelStatistics,
+    sample: Tensor,
+    candidates: Sequence[Candidate],
+) -> Choice:
+    """The candidate that leaves the smallest error in the output of one linear.
+
+    Args:
+        linear: a linear in float32 with an input of its own, such as an expert's second one.
+        statistics: of its input, over all calibration tokens.
+        sample: some of its inputs, float32 ``[T, K]``.
+        candidates: what to try; the first of equals wins. A single one is taken without a trial.
+
+    Returns:
+        The best candidate and its scale.
+    """
+    weight = weight_view(linear).abs().amax(0)
+    options = [Choice(candidate_scale(c, statistics, weight), c) for c in candidates]
+    if len(options) == 1:
+        return options[0]
+    exact = linear(sample)
+
+    def error(choice: Choice) -> float:
+        return float((_SimulatedInt8(linear, choice.scale)(sample) - exact).square().sum())
+
+    return min(options, key=error)
 
 
 def _largest_of_each_row(scale: Tensor, rows: Tensor) -> Tensor:
@@ -218,22 +252,43 @@ class _Trial:
         originals = {name: self.block.get_submodule(name) for name in self.targets}
         try:
             for name, module in originals.items():
-                self.block.set_submodule(name, _SimulatedInt8(module, scale))
+                self.block.set_submodule(name, _simulated(module, scale))
             yield
         finally:
             for name, module in originals.items():
                 self.block.set_submodule(name, module)
 
 
-class _SimulatedInt8(nn.Module):
-    """A linear with its input divided by s, its weight multiplied by s, and both on the grid."""
+def _simulated(module: nn.Module, scale: Tensor) -> nn.Module:
+    """A linear, or the first linear of every expert, as it would be in int8."""
+    if not isinstance(module, ExpertList):
+        return _SimulatedInt8(module, scale)
+    # One expert's simulated weight at a time: those of all would be half as large as the layer.
+    experts = [
+        Expert(e.up_name, _SimulatedInt8(e.up, scale, keep=False), e.down) for e in module.experts
+    ]
+    return ExpertList(experts, module.activation)
 
-    def __init__(self, linear: nn.Module, scale: Tensor) -> None:
+
+class _SimulatedInt8(nn.Module):
+    """A linear with its input divided by s, its weight multiplied by s, and both on the grid.
+
+    Args:
+        linear: the linear in float32.
+        scale: s, float32 ``[K]``.
+        keep: make the weight once; if not, in every call, and forget it.
+    """
+
+    def __init__(self, linear: nn.Module, scale: Tensor, *, keep: bool = True) -> None:
         super().__init__()
-        self.weight = grid.fake_quantize_rows(weight_view(linear) * scale)
-        self.bias = bias_view(linear)
-        self.inverse_scale = 1 / scale
+        self._linear = (linear,)  # in a tuple, not to be a submodule
+        self._scale = scale
+        self._weight = self._on_the_grid() if keep else None
 
     def forward(self, inputs: Tensor) -> Tensor:
-        quantized = grid.fake_quantize_rows(inputs * self.inverse_scale)
-        return functional.linear(quantized, self.weight, self.bias)
+        quantized = grid.fake_quantize_rows(inputs * (1 / self._scale))
+        weight = self._on_the_grid() if self._weight is None else self._weight
+        return functional.linear(quantized, weight, bias_view(self._linear[0]))
+
+    def _on_the_grid(self) -> Tensor:
+        return grid.fake_quantize_rows(weight_view(self._linear[0]) * self._scale)

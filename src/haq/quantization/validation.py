@@ -9,25 +9,32 @@ from transformers import PreTrainedModel
 
 from haq.config import QuantizationConfig
 from haq.model.blocks import find_blocks
-from haq.model.linears import linears, unknown_weights, weight_of
+from haq.model.experts import dense_layers, fused_experts, unknown_weights
+from haq.model.linears import weight_of
 from haq.nn import Int8Linear
 
 
 def excluded_modules(model: nn.Module, patterns: Sequence[str]) -> frozenset[str]:
     """Names of all modules that a pattern matches, and of everything inside them.
 
+    Weights that belong to no layer (a Mamba's ``A_log``) can be matched by their own name.
+
     Args:
         model: any module.
-        patterns: shell-style patterns over full module names.
+        patterns: shell-style patterns over full names.
 
     Examples:
         >>> model = nn.ModuleDict({"a": nn.Sequential(nn.Linear(1, 1)), "b": nn.Linear(1, 1)})
         >>> sorted(excluded_modules(model, ["a"]))
         ['a', 'a.0']
     """
-    names = [name for name, _ in model.named_modules() if name]
+    names = _names(model)
     matched = {n for n in names if any(fnmatchcase(n, pattern) for pattern in patterns)}
     return frozenset(n for n in names if any(n == m or n.startswith(f"{m}.") for m in matched))
+
+
+def _names(model: nn.Module) -> list[str]:
+    return [name for name, _ in model.named_modules() if name] + list(unknown_weights(model))
 
 
 def checked_model(
@@ -162,7 +169,8 @@ def _check_placement(model: PreTrainedModel) -> None:
 
 
 def _checked_exclusions(model: PreTrainedModel, config: QuantizationConfig) -> frozenset[str]:
-    names = [name for name, _ in model.named_modules() if name]
+    names = _names(model)
+    modules = [name for name, _ in model.named_modules()]
     for pattern in config.exclude:
         # Models without a head are fine with the default pattern.
         if pattern in QuantizationConfig.exclude:
@@ -170,7 +178,7 @@ def _checked_exclusions(model: PreTrainedModel, config: QuantizationConfig) -> f
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ValueError(
                 f"`exclude` pattern {pattern!r} matches no module of {type(model).__name__}. "
-                f"Module names look like {names[-1]!r}; `*` matches any part, dots included."
+                f"Module names look like {modules[-1]!r}; `*` matches any part, dots included."
             )
     return excluded_modules(model, config.exclude)
 
@@ -179,11 +187,12 @@ def _check_weights_known(blocks: nn.ModuleList, name: str, excluded: frozenset[s
     for i, block in enumerate(blocks):
         for weight, shape in unknown_weights(block).items():
             full = f"{name}.{i}.{weight}"
-            if full.rpartition(".")[0] not in excluded:
+            if full not in excluded and full.rpartition(".")[0] not in excluded:
                 raise ValueError(
-                    f"`{full}` has shape {list(shape)} and belongs to no linear layer: haq cannot "
-                    "quantize it yet and does not leave weights in float silently. Add "
-                    f'"{full.rpartition(".")[0]}" to `exclude` to keep it float.'
+                    f"`{full}` has shape {list(shape)} and belongs to no linear layer and to no "
+                    "experts that haq knows: it cannot quantize it and does not leave weights in "
+                    f'float silently. Add "{full}", or the module it is in, to `exclude` to keep '
+                    "it float."
                 )
 
 
@@ -194,11 +203,15 @@ def _check_something_to_do(
     excluded: frozenset[str],
     config: QuantizationConfig,
 ) -> None:
-    found = [f"{name}.{i}.{n}" for i, block in enumerate(blocks) for n in linears(block)]
+    found = [
+        f"{name}.{i}.{n}"
+        for i, block in enumerate(blocks)
+        for n in (*dense_layers(block), *fused_experts(block))
+    ]
     converted = any(isinstance(module, Int8Linear) for module in blocks.modules())
     if not converted and all(full in excluded for full in found):
         raise ValueError(
-            f"Nothing to quantize: {type(model).__name__} has {len(found)} linear layers in its "
+            f"Nothing to quantize: {type(model).__name__} has {len(found)} layers in its "
             f"blocks, all of them excluded by `exclude={config.exclude}`."
         )
 

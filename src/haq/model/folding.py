@@ -1,0 +1,169 @@
+"""Folding a scale into a block: into what produces a tensor, and inverted into all that read it.
+
+The block computes the same as before, if the producer was found to be one; `same_function` looks.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from haq.model.experts import ExpertList, input_matrices
+from haq.model.linears import bias_view, is_linear, weight_of, weight_view
+
+# Folding random factors of up to two may change the block's output by this fraction of what the
+# block adds to its input, and of its output (the rounding of a large residual stream).
+_FOLD_TOLERANCE = 1e-3
+_ROUNDING_TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Producer:
+    """A module whose output channels can be rescaled, and how they reach the group.
+
+    Attributes:
+        name: the module in its block.
+        rows: int64 ``[K]``; row ``rows[k]`` of the producer feeds input channel ``k`` of the
+            consumers. Channels with the same row must share one scale.
+        offset: the producer multiplies by ``offset + weight``: 1 for Gemma's norms, else 0.
+    """
+
+    name: str
+    rows: Tensor
+    offset: float = 0.0
+
+
+def fold(
+    block: nn.Module,
+    producer: Producer,
+    readers: tuple[str, ...],
+    scale: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Divide the readers' input channels by ``scale`` and multiply their weights, in place.
+
+    The producer's parameters will be stored in ``dtype``. A norm's weight is rounded to it here and
+    the readers take the factor that was really applied, so that folding into a 16-bit norm is as
+    exact as into a 32-bit one.
+
+    Args:
+        block: a decoder block in float32.
+        producer: what makes their input.
+        readers: linears, experts and routers of the block that read one tensor.
+        scale: float32 ``[K]``, positive, equal where ``producer.rows`` is.
+        dtype: the dtype in which the model keeps the producer.
+
+    Returns:
+        float32 ``[K]``: the scale that was really applied.
+    """
+    module = block.get_submodule(producer.name)
+    factors = torch.ones(num_rows(module), device=scale.device)
+    factors[producer.rows] = 1 / scale
+    keep = None if is_linear(module) else dtype
+    applied = 1 / scale_rows(module, factors, producer.offset, keep)[producer.rows]
+    for name in readers:
+        for matrix in _matrices_of(block.get_submodule(name), len(applied)):
+            matrix.mul_(applied)
+    return applied
+
+
+def _matrices_of(reader: nn.Module, channels: int) -> list[Tensor]:
+    """What multiplies ``channels`` input channels; a router may have other matrices, too."""
+    return [matrix for matrix in input_matrices(reader) if matrix.shape[1] == channels]
+
+
+def fold_reversibly(
+    block: nn.Module,
+    producer: Producer,
+    readers: tuple[str, ...],
+    scale: Tensor,
+    dtype: torch.dtype,
+) -> Callable[[], None]:
+    """`fold`; calling what is returned takes it back.
+
+    Bit for bit, but for experts: a copy of all of a layer's would be as large as the layer, so they
+    are divided by what they were multiplied with, which is exact for powers of two.
+    """
+    modules = [block.get_submodule(name) for name in readers]
+    experts = [module for module in modules if isinstance(module, ExpertList)]
+    others = [module for module in modules if not isinstance(module, ExpertList)]
+    restore = keep_parameters(block.get_submodule(producer.name), *others)
+    applied = fold(block, producer, readers, scale, dtype)
+
+    def undo() -> None:
+        restore()
+        for module in experts:
+            for matrix in _matrices_of(module, len(applied)):
+                matrix.div_(applied)
+
+    return undo
+
+
+def same_function(
+    hidden: Tensor, reference: Tensor, output: Tensor, share_of_tokens: float = 1.0
+) -> bool:
+    """Whether two outputs ``[B, T, D]`` of a block for ``hidden`` differ by rounding only.
+
+    Measured against what the block adds to its input, since a large residual stream would hide an
+    error in it.
+
+    Args:
+        hidden: what entered the block.
+        reference: what came out before.
+        output: what came out after.
+        share_of_tokens: for this many it must hold, by itself for each. Where tokens choose
+            experts, rounding alone can turn a choice that is as good as tied.
+    """
+    over = None if share_of_tokens == 1 else -1
+    difference, added, size = (
+        torch.linalg.vector_norm(values, dim=over)
+        for values in (output - reference, reference - hidden, reference)
+    )
+    same = difference <= _FOLD_TOLERANCE * added + _ROUNDING_TOLERANCE * size
+    return bool(same.float().mean() >= share_of_tokens)
+
+
+def num_rows(module: nn.Module) -> int:
+    return len(_rows_view(module))
+
+
+def _rows_view(module: nn.Module) -> Tensor:
+    """The weight with its output channels first: ``[N, K]`` of a linear, ``[N]`` of a norm."""
+    return weight_view(module) if is_linear(module) else weight_of(module)
+
+
+def scale_rows(
+    module: nn.Module, factors: Tensor, offset: float, dtype: torch.dtype | None
+) -> Tensor:
+    """Multiply output row n by ``factors[n]`` in place; return the factors really applied.
+
+    With ``dtype`` the new weight is rounded to it, and the factor applied is the ratio of the new
+    weight to the old. Where a weight is zero there is no ratio, and nothing to rescale but a bias.
+    """
+    weight = _rows_view(module)
+    applied = factors
+    if dtype is None:
+        by_row = factors[:, None] if weight.dim() == 2 else factors
+        weight.copy_((offset + weight) * by_row - offset)
+    else:
+        multiplier = offset + weight
+        weight.copy_(((multiplier * factors) - offset).to(dtype))
+        rounded = offset + weight
+        exact = (multiplier != 0) & (rounded != 0)
+        applied = torch.where(exact, rounded / multiplier, factors)
+    bias = bias_view(module)
+    if bias is not None:
+        bias.mul_(applied)
+    return applied
+
+
+def keep_parameters(*modules: nn.Module) -> Callable[[], None]:
+    """Remember the modules' parameters; calling what is returned puts them back."""
+    kept = [(p, p.data.clone()) for module in modules for p in module.parameters()]
+
+    def restore() -> None:
+        for parameter, values in kept:
+            parameter.data.copy_(values)
+
+    return restore

@@ -1,0 +1,348 @@
+"""A block on its way from float to int8: what each step of the method does to it and notes."""
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import nn
+
+from haq.config import QuantizationConfig
+from haq.model.blocks import BlockBatch, run_block
+from haq.model.experts import dense_layers, fused_experts, input_matrices, unfuse
+from haq.model.folding import fold_reversibly, keep_parameters, same_function
+from haq.model.groups import Group
+from haq.model.linears import weight_view
+from haq.model.routing import RoutedInputs, share_changed
+from haq.model.trace import Watcher, input_rows, observe_calls, observe_inputs
+from haq.nn import Int8Experts, Int8Linear
+from haq.quantization.experts import MIN_TOKENS, Errors, quantize_experts
+from haq.quantization.hessian import SecondMoment
+from haq.quantization.layers import (
+    InputErrors,
+    OutputError,
+    nearest,
+    round_together,
+    update_quantized,
+    zero_point_pays,
+)
+from haq.quantization.report import LayerReport, RoutingReport
+from haq.quantization.smoothing import (
+    Candidate,
+    ChannelStatistics,
+    choose_scale,
+    search_candidates,
+)
+
+# Tokens whose two best experts are as good as tied may change them by the rounding of float32.
+_SHARE_THAT_KEEPS_EXPERTS = 0.99
+
+
+@dataclass
+class _Notes:
+    """What the report will say of one linear, or of the first linears of experts."""
+
+    smoothing: str = "-"
+    rounding: str = "nearest"
+    tokens: int = 0
+    remarks: list[str] = field(default_factory=list)
+
+
+class BlockWork:
+    """A float32 copy of a block on its way to int8."""
+
+    def __init__(
+        self, original: nn.Module, name: str, excluded: frozenset[str], config: QuantizationConfig
+    ) -> None:
+        self.original = original
+        self.name = name
+        self.excluded = excluded
+        self.config = config
+        fused = {n: m for n, m in fused_experts(original).items() if n not in excluded}
+        self.experts = {n: unfuse(module, torch.float32) for n, module in fused.items()}
+        # The copy gets these in the place of copies of the fused ones.
+        known = {id(module): self.experts[n] for n, module in fused.items()}
+        self.block = copy.deepcopy(original, known).float()
+        self.linears = {n: m for n, m in dense_layers(self.block).items() if n not in excluded}
+        self.notes = {n: _Notes() for n in (*self.linears, *self.experts)}
+        self.asymmetric: set[str] = set()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which the model keeps the block's matrices."""
+        return next(p.dtype for p in self.original.parameters() if p.dim() >= 2)
+
+    def check_weights_are_only_multiplied(self, groups: Sequence[Group], batch: BlockBatch) -> None:
+        """Refuse linears that were not called, yet have a say in what the block computes."""
+        called = {name for group in groups for name in group.consumers}
+        for name, linear in self.linears.items():
+            if name in called:
+                continue
+            reference = run_block(self.block, batch)
+            restore = keep_parameters(linear)
+            weight_view(linear).zero_()
+            output = run_block(self.block, batch)
+            restore()
+            if not torch.equal(output, reference):
+                raise ValueError(
+                    f"`{self.name}.{name}` must be called as a module to become int8, but its "
+                    "block reads its weight by itself. Add "
+                    f'"*.{name.rpartition(".")[2]}" to `exclude` to keep it float.'
+                )
+
+    def routed_inputs(self, batches: Iterable[BlockBatch]) -> dict[str, RoutedInputs]:
+        """What enters the experts of the block as it is, by name of the experts."""
+        inputs = {n: RoutedInputs(len(experts)) for n, experts in self.experts.items()}
+        if inputs:
+            observe_calls(self.block, {n: seen.watch for n, seen in inputs.items()}, batches)
+        return inputs
+
+    def channel_statistics(
+        self, groups: Sequence[Group], batches: Sequence[BlockBatch]
+    ) -> dict[tuple[str, ...], ChannelStatistics]:
+        """How large each input channel of each group gets, over all calibration tokens."""
+        statistics = {g.consumers: ChannelStatistics(*self._input_of(g)) for g in groups}
+        watchers = {names[0]: seen.update for names, seen in statistics.items()}
+        observe_inputs(self.block, watchers, _floats(batches))
+        for names, seen in statistics.items():
+            if not bool(seen.maximum.isfinite().all()):
+                raise RuntimeError(
+                    f"The input of `{self.name}.{names[0]}` is NaN or infinite for a calibration "
+                    "batch. Check that the float model gives finite logits for it; a float16 model "
+                    "that overflows can be loaded in bfloat16 or float32."
+                )
+        return statistics
+
+    def smooth(
+        self, group: Group, statistics: ChannelStatistics, sample: Sequence[BlockBatch]
+    ) -> None:
+        """Choose a scale for the group's input and fold it, or leave the group as it is."""
+        targets = [name for name in group.consumers if name in self.notes]
+        for name in targets:
+            self.notes[name].tokens = statistics.tokens
+        if not targets or group.producer is None:
+            return
+        kept = [n for n in (group.producer.name, *group.readers) if n in self.excluded]
+        if kept:  # A scale would have to be folded into it, and it is to stay as it is.
+            for name in targets if self.config.smoothing != "none" else ():
+                self.notes[name].remarks.append(f"not smoothed: `{kept[0]}` is excluded")
+            return
+        choice = choose_scale(
+            self.block,
+            group,
+            targets,
+            statistics,
+            sample,
+            _candidates(self.config),
+            # A router's weight stays in 16 bit: rounding it again would move tokens to others.
+            powers_of_two=bool(group.routers) and self.dtype != torch.float32,
+        )
+        reference = run_block(self.block, sample[0])
+        dtype = self.original.get_parameter(f"{group.producer.name}.weight").dtype
+        undo = fold_reversibly(self.block, group.producer, group.readers, choice.scale, dtype)
+        folded = run_block(self.block, sample[0])
+        share = _SHARE_THAT_KEEPS_EXPERTS if group.routers else 1.0
+        exact = same_function(sample[0].hidden, reference, folded, share)
+        if not exact:
+            undo()
+        for name in targets:
+            if exact:
+                self.notes[name].smoothing = str(choice.candidate)
+            else:
+                self.notes[name].remarks.append("folding changed the block: not smoothed")
+
+    def choose_zero_points(self, groups: Sequence[Group], sample: Sequence[BlockBatch]) -> None:
+        """Decide for each group whether its input is rounded with a zero point for each token."""
+        if not self.config.asymmetric_inputs:
+            return
+        errors = {t: InputErrors(self.linears[n] for n in t) for _, t in self._targets(groups)}
+        observe_inputs(self.block, {names[0]: e.update for names, e in errors.items()}, sample)
+        for names, error in errors.items():
+            if zero_point_pays([error]):
+                self.asymmetric.update(names)
+
+    def round_to_nearest(self) -> dict[str, Int8Linear]:
+        """Every linear on the grid by itself."""
+        return {n: nearest(linear, n in self.asymmetric) for n, linear in self.linears.items()}
+
+    def observe_int8(
+        self,
+        groups: Sequence[Group],
+        modules: Mapping[str, Int8Linear],
+        batches: Sequence[BlockBatch],
+    ) -> tuple[dict[tuple[str, ...], SecondMoment], dict[str, RoutedInputs]]:
+        """Run the block with int8 linears; see what they read, and what enters the experts.
+
+        What reaches a layer has been through the int8 layers before it, so the second moments are
+        those of the block as it already runs, with nearest rounding. The linears of experts have
+        theirs later, from the inputs that are kept here.
+
+        Returns:
+            Second moments by the int8 linears of each group, none unless they are needed; inputs
+            by name of the experts, in the dtype of the model.
+        """
+        moments = {}
+        if self.config.rounding == "hessian":
+            moments = {t: SecondMoment(*self._input_of(g)) for g, t in self._targets(groups)}
+        inputs = {n: RoutedInputs(len(e), self.dtype) for n, e in self.experts.items()}
+        watchers: dict[str, Watcher] = {n: seen.watch for n, seen in inputs.items()}
+        for names, moment in moments.items():
+            asymmetric = names[0] in self.asymmetric
+            watch = partial(update_quantized, moment, asymmetric=asymmetric)
+            watchers[names[0]] = input_rows(watch)
+        if watchers:
+            with installed(self.block, modules):
+                observe_calls(self.block, watchers, _floats(batches))
+        return moments, inputs
+
+    def round_with_hessian(
+        self, groups: Sequence[Group], moments: dict[tuple[str, ...], SecondMoment]
+    ) -> dict[str, Int8Linear]:
+        """Every linear that ran, rounded with the second moments of its quantized input."""
+        modules: dict[str, Int8Linear] = {}
+        for names in list(moments):
+            linears = {name: self.linears[name] for name in names}
+            rounded = round_together(
+                linears, moments.pop(names), self.config.damping, names[0] in self.asymmetric
+            )
+            for name in names:
+                self.notes[name].remarks += [rounded.remark] if rounded.remark else []
+                self.notes[name].rounding = "hessian" if rounded.modules else "nearest"
+            modules |= rounded.modules
+        return modules
+
+    def finish_experts(
+        self, inputs: Mapping[str, RoutedInputs], plain: Mapping[str, Sequence[Errors]]
+    ) -> tuple[dict[str, Int8Experts], list[LayerReport]]:
+        """All experts in int8, and their lines in the report. Their float weights are gone."""
+        modules, reports = {}, []
+        for name, experts in self.experts.items():
+            modules[name], done = quantize_experts(
+                experts, inputs[name], self.config, _candidates(self.config)
+            )
+            shared = self.notes[name]
+            for index, layers in enumerate(done):
+                for layer, before in zip(layers, plain[name][index], strict=True):
+                    first = layer.smoothing is None
+                    remarks = [*(shared.remarks if first else ()), layer.remark]
+                    reports.append(
+                        LayerReport(
+                            name=f"{self.name}.{name}.{index}.{layer.name}",
+                            out_features=layer.module.out_features,
+                            in_features=layer.module.in_features,
+                            smoothing=shared.smoothing if first else str(layer.smoothing),
+                            rounding=layer.rounding,
+                            tokens=layer.tokens,
+                            error_before=before,
+                            error_after=layer.error,
+                            note="; ".join(remark for remark in remarks if remark),
+                            expert=index,
+                            asymmetric=layer.module.asymmetric,
+                        )
+                    )
+        return modules, reports
+
+    def output_errors(
+        self, modules: Mapping[str, Int8Linear], sample: Sequence[BlockBatch]
+    ) -> dict[str, float]:
+        """Relative squared error of each int8 module's output on what its linear reads."""
+        errors = {name: OutputError(self.linears[name], modules[name]) for name in modules}
+        watchers = {name: error.update for name, error in errors.items()}
+        observe_inputs(self.block, watchers, sample)
+        return {name: error.relative() for name, error in errors.items()}
+
+    def reports(
+        self,
+        modules: Mapping[str, Int8Linear],
+        before: Mapping[str, float],
+        after: Mapping[str, float],
+    ) -> list[LayerReport]:
+        """One line for each int8 linear."""
+        for notes in self.notes.values():
+            if notes.tokens == 0:
+                notes.remarks.append("no calibration token reached it")
+        return [
+            LayerReport(
+                name=f"{self.name}.{name}",
+                out_features=module.out_features,
+                in_features=module.in_features,
+                smoothing=self.notes[name].smoothing,
+                rounding=self.notes[name].rounding,
+                tokens=self.notes[name].tokens,
+                error_before=before[name],
+                error_after=after[name],
+                note="; ".join(self.notes[name].remarks),
+                asymmetric=module.asymmetric,
+            )
+            for name, module in modules.items()
+        ]
+
+    def routing_reports(
+        self,
+        experts: Mapping[str, Int8Experts],
+        inputs: Mapping[str, RoutedInputs],
+        before: Mapping[str, RoutedInputs],
+        sample: Iterable[BlockBatch],
+    ) -> list[RoutingReport]:
+        """What each router chose in calibration, and what it chooses now that the block is int8.
+
+        Args:
+            experts: by name, as they stand in the block, which is int8.
+            inputs: of all of calibration.
+            before: of the sample, when everything was float.
+            sample: in the dtype of the model.
+        """
+        after = {name: RoutedInputs(m.num_experts) for name, m in experts.items()}
+        if after:
+            observe_calls(self.block, {n: seen.watch for n, seen in after.items()}, sample)
+        reports = []
+        for name, seen in inputs.items():
+            tokens = seen.tokens_per_expert()
+            reports.append(
+                RoutingReport(
+                    name=f"{self.name}.{name}",
+                    tokens=tuple(tokens),
+                    starved=tuple(e for e, count in enumerate(tokens) if count < MIN_TOKENS),
+                    changed=share_changed(before[name].index, after[name].index),
+                )
+            )
+        return reports
+
+    def _targets(self, groups: Sequence[Group]) -> Iterator[tuple[Group, tuple[str, ...]]]:
+        """Each group with those of its linears that will be int8, if there are any."""
+        for group in groups:
+            targets = tuple(name for name in group.consumers if name in self.linears)
+            if targets:
+                yield group, targets
+
+    def _input_of(self, group: Group) -> tuple[int, torch.device]:
+        matrix = input_matrices(self.block.get_submodule(group.consumers[0]))[0]
+        return matrix.shape[1], matrix.device
+
+
+def _candidates(config: QuantizationConfig) -> list[Candidate]:
+    if config.smoothing == "search":
+        return search_candidates()
+    if config.smoothing == "fixed":
+        return [Candidate("smoothquant", config.smoothing_strength)]
+    return [Candidate("none")]
+
+
+def _floats(batches: Iterable[BlockBatch]) -> Iterator[BlockBatch]:
+    """One at a time: a 16-bit model's hidden states in float32 would double what they take."""
+    return (batch.float() for batch in batches)
+
+
+@contextmanager
+def installed(block: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """The block with some modules replaced, for a while."""
+    originals = {name: block.get_submodule(name) for name in modules}
+    try:
+        for name, module in modules.items():
+            block.set_submodule(name, module)
+        yield
+    finally:
+        for name, module in originals.items():
+            block.set_submodule(name, module)
