@@ -520,6 +520,17 @@ def test_nan_and_infinity_name_the_layer_that_reads_them(
     assert_untouched(block, state)
 
 
+def test_nan_is_not_blamed_on_a_linear_that_is_not_called(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Outputs of NaN are equal to none, though the weight of ``spare`` has no say in them."""
+    block = Block()
+    block.spare = nn.Linear(HIDDEN, INNER)
+    monkeypatch.setattr(nn.LayerNorm, "forward", lambda norm, x: torch.full_like(x, torch.nan))
+    with pytest.raises(RuntimeError, match=r"input of `blocks\.3\.gate` is NaN or infinite"):
+        quantize_block(block, batches_of(), QuantizationConfig(), "blocks.3")
+
+
 def test_what_stands_at_padding_has_no_influence() -> None:
     """Not a bit of it."""
     block, batches = Block(), batches_of()

@@ -106,6 +106,14 @@ def experts_of(family: str) -> ExpertList:
     return experts.requires_grad_(False)
 
 
+def indifferent_to_channel_3(family: str) -> ExpertList:
+    """Which may then be large without deciding everything."""
+    experts = experts_of(family)
+    for expert in experts.experts:
+        expert.up.weight[:, 3] /= 64
+    return experts
+
+
 def tokens_of(count: int = 600) -> tuple[Tensor, Tensor]:
     """Inputs ``[T, D]`` that share directions, other ones for every expert, and who chose whom."""
     index = torch.stack([torch.randperm(EXPERTS)[:SLOTS] for _ in range(count)])
@@ -182,42 +190,46 @@ def test_every_expert_is_rounded_with_the_hessian_of_its_own_tokens(
     family: str, asymmetric_inputs: bool
 ) -> None:
     hidden, index = tokens_of()
+    hidden[:, 3] *= 64  # An outlier: it takes digits from the other channels.
     options = config(asymmetric_inputs=asymmetric_inputs)
-    module, done = quantize_experts(experts_of(family), routed(hidden, index), options, PLAIN)
-    reference = experts_of(family)
+    module, done = quantize_experts(
+        indifferent_to_channel_3(family), routed(hidden, index), options, PLAIN
+    )
+    reference = indifferent_to_channel_3(family)
 
     # One decision for all experts of the layer; with as few channels it is the same everywhere.
     asymmetric = asymmetric_inputs
     assert [layer.asymmetric for layer in module.down] == [asymmetric] * EXPERTS
     assert not any(layer.asymmetric for layer in module.up)
-    differing = 0
+    of_all_tokens = of_float = 0
     for e, expert in enumerate(reference.experts):
         up, down = double(expert.up.weight), double(expert.down.weight)
         own = double(hidden)[(index == e).any(1).numpy()]
         x = on_the_grid(own)
         integers = compensated(up, x)
-        # A weight halfway between two integers may go the other way in float32, and then what
-        # comes after it does, too.
-        assert np.sum(module.up[e].weight.numpy() != integers) <= 0.02 * integers.size
-        differing += np.sum(compensated(up, on_the_grid(double(hidden))) != integers)
+        # A weight halfway between two integers may go the other way in float32.
+        assert np.sum(module.up[e].weight.numpy() != integers) <= 2
+        of_all_tokens += np.sum(compensated(up, on_the_grid(double(hidden))) != integers)
 
         # The second reads what the first, in int8, makes of its int8 input.
         made = double(module.up[e].weight) * double(module.up[e].weight_scale)
         middle = activated(reference, x @ made.T + bias_of(expert.up))
         integers = compensated(down, on_the_grid(middle, asymmetric))
-        assert np.sum(module.down[e].weight.numpy() != integers) <= 0.02 * integers.size
-        differing += np.sum(compensated(down, middle) != integers)
+        assert np.sum(module.down[e].weight.numpy() != integers) <= 2
+        exact = activated(reference, own @ up.T + bias_of(expert.up))
+        of_float += np.sum(compensated(down, on_the_grid(exact, asymmetric)) != integers)
 
-        for layer, weight in ((module.up[e], up), (module.down[e], down)):
-            np.testing.assert_allclose(layer.weight_scale.numpy(), grid_scale(weight), rtol=1e-6)
         for layer, linear in ((module.up[e], expert.up), (module.down[e], expert.down)):
+            scale = grid_scale(double(linear.weight))
+            np.testing.assert_allclose(layer.weight_scale.numpy(), scale, rtol=1e-6)
             assert (layer.bias is None) == (linear.bias is None)
             if linear.bias is not None:
                 assert torch.equal(layer.bias, linear.bias)
         assert [layer.tokens for layer in done[e]] == [len(own)] * 2
         assert [(layer.rounding, layer.remark) for layer in done[e]] == [("hessian", "")] * 2
-    # With a simpler Hessian many integers are others.
-    assert differing > 50
+    # With simpler Hessians more integers are others than the ones allowed for.
+    assert of_all_tokens > 10 * EXPERTS
+    assert of_float > 2 * EXPERTS
 
 
 @pytest.mark.parametrize("family", FAMILIES)

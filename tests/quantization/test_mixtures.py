@@ -897,6 +897,13 @@ def test_float_weights_of_finished_experts_are_freed(
         return experts
 
     original = experts_module._Work.finish
+    original_errors = experts_module._Work.input_errors
+    before_rounding: list[int] = []
+
+    def input_errors(work: Any) -> object:
+        errors = original_errors(work)
+        before_rounding.append(live_matrices(*shapes) - others)
+        return errors
 
     def finish(*arguments: Any) -> object:
         there = [not reference.expired() for reference in copies]
@@ -904,6 +911,7 @@ def test_float_weights_of_finished_experts_are_freed(
         return original(*arguments)
 
     monkeypatch.setattr(work_module, "unfuse", watched_unfuse)
+    monkeypatch.setattr(experts_module._Work, "input_errors", input_errors)
     monkeypatch.setattr(experts_module._Work, "finish", finish)
     gc.collect()
     others = live_matrices(*shapes)
@@ -914,6 +922,8 @@ def test_float_weights_of_finished_experts_are_freed(
         assert live_matrices(*shapes) == others
     finally:
         gc.enable()
+    # While scales are chosen every expert is there once.
+    assert before_rounding == [2 * EXPERTS] * LAYERS * EXPERTS
     assert len(alive) == LAYERS * EXPERTS
     for call, (there, matrices_there) in enumerate(alive):
         left = EXPERTS - call % EXPERTS

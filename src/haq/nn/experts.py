@@ -1,6 +1,6 @@
 """The experts of a layer with int8 weights and int8 inputs, in the place of transformers' own."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,15 +12,18 @@ from haq.nn.linear import Int8Linear
 
 Activation = Callable[[Tensor], Tensor]
 
+# Rows that go through both products together, unless one expert has more.
+_ROWS_AT_ONCE = 32
+
 
 class Int8Experts(nn.Module):
     """All experts of a mixture-of-experts layer, each two `Int8Linear`, behind one forward.
 
     It takes what transformers' fused experts take and gives what they give. Every token is
-    quantized once, whatever number of experts reads it; tokens are gathered by expert, go through
-    one product after the other, and only weights of experts that were chosen are touched. Between
-    the two products everything is float32. A token's result does not depend on the tokens around
-    it: its experts' outputs are added in the order in which the router names them.
+    quantized once, whatever number of experts reads it; tokens are gathered by expert, and only
+    weights of experts that were chosen are touched. Between the two products everything is float32.
+    A token's result does not depend on the tokens around it: its experts' outputs are added in the
+    order in which the router names them.
 
     Like `Int8Linear` it does not train, moves and pickles as any module, and is one opaque operator
     to the compiler.
@@ -90,9 +93,12 @@ class Int8Experts(nn.Module):
         slots = top_k_index.shape[1]
         rows = order // slots  # [S]: the token of each chosen expert, sorted by expert
         tokens = round_tokens(hidden_states.contiguous())
-        up = _grouped(self.up, counts, tokens[rows])  # [S, 2 I]
-        middle = round_tokens(self.activation(up).contiguous(), _layer(self.down, 0).asymmetric)
-        down = _grouped(self.down, counts, middle)  # [S, D]
+        down = tokens.integers.new_empty(len(rows), hidden_states.shape[1])  # [S, D]
+        start = 0
+        for span in _spans(counts):
+            here = slice(start, start + sum(span.values()))
+            self._run(span, tokens[rows[here]], down[here])
+            start = here.stop
         down.mul_(top_k_weights.reshape(-1)[order, None])
 
         # Back in the order of tokens; where no expert was chosen stays zero.
@@ -113,6 +119,13 @@ class Int8Experts(nn.Module):
                 f"`top_k_weights` [T, A], got {list(hidden_states.shape)}, {list(index.shape)} and "
                 f"{list(weights.shape)}."
             )
+
+    def _run(self, span: Mapping[int, int], tokens: RoundedTokens, out: Tensor) -> None:
+        """Some experts on their tokens: from ``[S, D]`` to ``out`` ``[S, D]``."""
+        up = tokens.integers.new_empty(len(out), _layer(self.up, 0).out_features)  # [S, 2 I]
+        _grouped(self.up, span, tokens, up)
+        middle = self.activation(up).contiguous()  # [S, I]
+        _grouped(self.down, span, round_tokens(middle, _layer(self.down, 0).asymmetric), out)
 
     def _by_expert(self, index: Tensor) -> tuple[Tensor, list[int]]:
         """Positions in ``index``, flat, sorted by expert ``[S]``, and how many each expert has."""
@@ -141,27 +154,41 @@ class Int8Experts(nn.Module):
         self._handle = register(self)  # A copy is not the original to the compiler.
 
 
-def _grouped(layers: nn.ModuleList, counts: Sequence[int], tokens: RoundedTokens) -> Tensor:
+def _spans(counts: Sequence[int]) -> Iterator[dict[int, int]]:
+    """Experts and how many rows each has, as many at a time as is fast.
+
+    With a few tokens that is all of them: every operation between the products costs more than what
+    it computes. With many it is a few: what is between the products then stays in the cache.
+    """
+    span: dict[int, int] = {}
+    for expert, count in enumerate(counts):
+        if span and sum(span.values()) + count > _ROWS_AT_ONCE:
+            yield span
+            span = {}
+        if count:
+            span[expert] = count
+    if span:
+        yield span
+
+
+def _grouped(
+    layers: nn.ModuleList, span: Mapping[int, int], tokens: RoundedTokens, out: Tensor
+) -> None:
     """Each expert's product with its rows.
 
     Args:
         layers: one `Int8Linear` ``[N, K]`` for each expert.
-        counts: how many rows each expert has.
+        span: which experts have how many rows.
         tokens: ``[S, K]``, sorted by expert.
-
-    Returns:
-        float32 ``[S, N]``.
+        out: float32 ``[S, N]``, written to.
     """
-    out = tokens.integers.new_empty(len(tokens.integers), _layer(layers, 0).out_features)
     start = 0
-    for index, count in enumerate(counts):
-        if count:
-            layer, here = _layer(layers, index), slice(start, start + count)
-            layer.product(tokens[here], out[here])
-            if layer.bias is not None:
-                out[here].add_(layer.bias)
-            start += count
-    return out
+    for expert, count in span.items():
+        layer, here = _layer(layers, expert), slice(start, start + count)
+        layer.product(tokens[here], out[here])
+        if layer.bias is not None:
+            out[here].add_(layer.bias)
+        start += count
 
 
 def _layer(layers: nn.ModuleList, index: int) -> Int8Linear:
