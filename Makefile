@@ -1,6 +1,7 @@
 # make quickstart   set everything up, then show the main job on a small trained model
 # make test         the tests
-# make bench        speed and quality on this machine, about half an hour; make gpu on a CUDA device
+# make bench        speed on this machine, about ten minutes; make gpu on a CUDA device
+# make quality      what int8 costs trained models, and memory, about an hour: see the scripts
 # make check        formatting, lint, types, import order; `make style` mends the first two
 #
 # Everything goes into $(VENV). Overridable: PYTHON (3.11 or newer), VENV, TORCH. On a machine
@@ -14,10 +15,9 @@ TORCH ?= $(shell cat constraints.txt)
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check --quiet
 TORCH_PIN = $(VENV)/torch.txt
-BENCHMARKS = $(filter-out benchmarks/harness.py benchmarks/gpu.py, $(wildcard benchmarks/*.py))
 
 .DELETE_ON_ERROR:
-.PHONY: quickstart test check style docs bench gpu clean
+.PHONY: quickstart test check style docs bench quality gpu clean
 
 quickstart: $(VENV)/test.stamp
 	$(BIN)/python examples/quickstart.py
@@ -39,7 +39,10 @@ docs: $(VENV)/docs.stamp
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(VENV)/test.stamp
-	set -e; for script in $(BENCHMARKS); do $(BIN)/python $$script; done
+	set -e; for name in linear decode experts; do $(BIN)/python benchmarks/$$name.py; done
+
+quality: $(VENV)/test.stamp
+	set -e; for name in quality mixtures memory; do $(BIN)/python benchmarks/$$name.py; done
 
 # With the Python and the CUDA build of torch that are there: nothing is installed.
 gpu:

@@ -6,7 +6,7 @@ way that a dense model cannot: a small error before the router sends a token to 
 each row also has the share of tokens whose experts change, and the KL that is left when the int8
 model is held to the float model's choices. The last rows show where the loss comes from.
 
-    python benchmarks/mixtures.py            about 15 minutes on 2 cores
+    python benchmarks/mixtures.py            about 20 minutes on 2 cores
     python benchmarks/mixtures.py --quick    one seed, few windows: does it run?
 """
 
@@ -29,6 +29,7 @@ from haq import QuantizationConfig
 from haq.evaluation.experts import experts_of
 
 CLEAN, PLANTED = "tiny-mixtral", "tiny-mixtral-outliers"
+TEXTS = ["wikitext2"]
 
 # KL on Wikitext-2 as a fraction of what nearest rounding loses on the clean model, the change of
 # NLL, and the NLL on the planted model at windows of 512 (float: 5.0220; the best library with one
@@ -133,13 +134,12 @@ def main() -> None:
     harness.print_card(__doc__, facts)
     print("1e-4 nats per token, mean over seeds")
     variants = quality.VARIANTS + WHERE_IT_COMES_FROM
-    texts = list(quality.TEXTS)
     rows = [
         row
         for name in (CLEAN, PLANTED)
-        for row in quality.measure(name, variants, texts, short, routing)
+        for row in quality.measure(name, variants, TEXTS, short, routing)
     ]
-    at_512 = quality.measure(PLANTED, [HAQ], ["wikitext2"], long, routing)
+    at_512 = quality.measure(PLANTED, [HAQ], TEXTS, long, routing)
     print_routing(rows)
     found = targets(rows, at_512)
     quality.print_targets(found)

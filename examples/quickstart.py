@@ -1,11 +1,12 @@
-"""The main job on a small trained model: load, quantize, compare, generate.
+"""The main job on small trained models: load, quantize, compare, generate.
 
     python examples/quickstart.py
     python examples/quickstart.py facebook/opt-125m      # any causal language model of the hub
 
-Without an argument it uses a model of this repository, trained on Python's standard library, so it
-needs no network. Calibration and evaluation read the standard library of the Python that runs this;
-the evaluation text was kept out of the training.
+Without an argument it uses two models of this repository, trained on Python's standard library, so
+it needs no network: an OPT, and a Mixtral with eight experts, each of which becomes int8 as well.
+Calibration and evaluation read the standard library of the Python that runs this; the evaluation
+text was kept out of the training.
 """
 
 import argparse
@@ -19,17 +20,27 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import haq
 
-TINY_OPT = Path(__file__).parent / "tiny_models" / "opt-python"
+TINY_MODELS = Path(__file__).parent / "tiny_models"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("model", nargs="?", default=TINY_OPT, help="a directory or a hub name")
+    parser.add_argument("model", nargs="?", help="a directory or a hub name")
     parser.add_argument("--tokens", type=int, default=32_768, help="tokens to compare on")
     arguments = parser.parse_args()
+    if arguments.model:
+        show(arguments.model, arguments.tokens)
+        return
+    for name in ("opt-python", "mixtral-python"):
+        print(f"\n=== {name} ===\n")
+        show(TINY_MODELS / name, arguments.tokens)
+    print(f"\nint8 products on this machine:\n{haq.backends()}")
 
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
+
+def show(name: str | Path, tokens: int) -> None:
+    """Quantize one model, and show what it cost and what it writes."""
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     reference = copy.deepcopy(model)
 
     # The three lines that matter.
@@ -42,16 +53,15 @@ def main() -> None:
 
     print(haq.quantization_report(model))
     print(f"\nQuantized in {seconds:.0f} s. Weights: {megabytes(reference)} -> {megabytes(model)}.")
-    print(f"\nint8 products on this machine:\n{haq.backends()}")
 
     text = haq.evaluation_tokens(tokenizer, standard_library("held_out"))
     print("\nfloat32 -> int8, on held-out text:")
-    print(haq.compare(reference, model, text[:, : arguments.tokens], sequence_length=256))
+    print(haq.compare(reference, model, text[:, :tokens], sequence_length=256))
 
     prompt = tokenizer("def", return_tensors="pt")
-    for name, each in (("float32", reference), ("int8", model)):
+    for kind, each in (("float32", reference), ("int8", model)):
         written = each.generate(**prompt, max_new_tokens=40, do_sample=False)
-        print(f"\n{name} writes:\n{tokenizer.decode(written[0], skip_special_tokens=True)}")
+        print(f"\n{kind} writes:\n{tokenizer.decode(written[0], skip_special_tokens=True)}")
 
 
 def megabytes(model: PreTrainedModel) -> str:

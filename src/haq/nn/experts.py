@@ -22,8 +22,9 @@ class Int8Experts(nn.Module):
     It takes what transformers' fused experts take and gives what they give. Every token is
     quantized once, whatever number of experts reads it; tokens are gathered by expert, and only
     weights of experts that were chosen are touched. Between the two products everything is float32.
-    A token's result does not depend on the tokens around it: its experts' outputs are added in the
-    order in which the router names them.
+    A token's experts are added in the order in which the router names them, and its result does not
+    depend on the tokens around it, but for the last bit of a sigmoid: torch computes the end of a
+    tensor, or of a thread's share of it, by other code.
 
     Like `Int8Linear` it does not train, moves and pickles as any module, and is one opaque operator
     to the compiler.

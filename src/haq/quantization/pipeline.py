@@ -9,7 +9,7 @@ from transformers.utils import logging
 
 from haq.config import QuantizationConfig
 from haq.model.blocks import BlockInputs, capture_block_inputs, run_block
-from haq.model.experts import fused_experts, routers
+from haq.model.experts import fused_experts, routers, unknown_weights
 from haq.model.linears import linears
 from haq.nn import Int8Linear
 from haq.quantization.block import quantize_block
@@ -161,7 +161,10 @@ def _kept_float(
     routing = [f"{prefix}{i}.{n}" for i, block in enumerate(blocks) for n in routers(block)]
     # A linear router is listed once, and so is one with a linear inside.
     others = [n for n in linears(model) if not n.startswith(prefix)]
-    return [*others, *(n for n in inside if n in excluded and n not in routing), *routing]
+    # Had they not been excluded, the model would have been refused.
+    unknown = [f"{prefix}{i}.{n}" for i, block in enumerate(blocks) for n in unknown_weights(block)]
+    kept = [n for n in inside if n in excluded and n not in routing]
+    return [*others, *kept, *unknown, *routing]
 
 
 def _check_finite(inputs: BlockInputs, block_name: str) -> None:
@@ -178,6 +181,8 @@ def _state_of(model: PreTrainedModel, report: QuantizationReport | None) -> str:
     if report is None or done == 0:
         detach_report(model)
         return "haq: the model is as it was, no block was converted."
+    if report.complete:
+        return f"haq: all {done} blocks of the model are int8 and work: it is done."
     return (
         f"haq: {done} of {report.num_blocks} blocks of the model are int8 and work; the others are "
         "as they were. The same call goes on after them; load the model again to start afresh."

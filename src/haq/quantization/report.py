@@ -291,7 +291,7 @@ def quantization_report(model: PreTrainedModel) -> QuantizationReport:
 
     Examples:
         >>> quantization_report(quantized_model)  # doctest: +SKIP
-        layer                          shape      smoothing  rounding  tokens   before    after
+        layer                    shape      input  smoothing  rounding  tokens   before    after
         ...
     """
     report = find_report(model)

@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -11,7 +10,7 @@ from torch import nn
 
 from haq.config import QuantizationConfig
 from haq.model.blocks import BlockBatch, run_block
-from haq.model.experts import dense_layers, fused_experts, input_matrices, unfuse
+from haq.model.experts import dense_layers, fused_experts, input_matrices, routers, unfuse
 from haq.model.folding import fold_reversibly, keep_parameters, same_function
 from haq.model.groups import Group
 from haq.model.linears import weight_view
@@ -28,6 +27,7 @@ from haq.quantization.layers import (
     update_quantized,
     zero_point_pays,
 )
+from haq.quantization.notes import Notes, expert_reports, layer_report
 from haq.quantization.report import LayerReport, RoutingReport
 from haq.quantization.smoothing import (
     Candidate,
@@ -36,18 +36,9 @@ from haq.quantization.smoothing import (
     search_candidates,
 )
 
-# Tokens whose two best experts are as good as tied may change them by the rounding of float32.
-_SHARE_THAT_KEEPS_EXPERTS = 0.99
-
-
-@dataclass
-class _Notes:
-    """What the report will say of one linear, or of the first linears of experts."""
-
-    smoothing: str = "-"
-    rounding: str = "nearest"
-    tokens: int = 0
-    remarks: list[str] = field(default_factory=list)
+# Tokens whose two best experts are as good as tied may change them by the rounding of float32: one
+# in thousands, but a batch may be short. A scale that does not fold shows in every token.
+_SHARE_THAT_KEEPS_EXPERTS = 0.9
 
 
 class BlockWork:
@@ -66,7 +57,7 @@ class BlockWork:
         known = {id(module): self.experts[n] for n, module in fused.items()}
         self.block = copy.deepcopy(original, known).float()
         self.linears = {n: m for n, m in dense_layers(self.block).items() if n not in excluded}
-        self.notes = {n: _Notes() for n in (*self.linears, *self.experts)}
+        self.notes = {n: Notes() for n in (*self.linears, *self.experts)}
         self.asymmetric: set[str] = set()
 
     @property
@@ -144,7 +135,8 @@ class BlockWork:
         dtype = self.original.get_parameter(f"{group.producer.name}.weight").dtype
         undo = fold_reversibly(self.block, group.producer, group.readers, choice.scale, dtype)
         folded = run_block(self.block, sample[0])
-        share = _SHARE_THAT_KEEPS_EXPERTS if group.routers else 1.0
+        # Attention is before the router: folding into it can turn a choice, too.
+        share = _SHARE_THAT_KEEPS_EXPERTS if routers(self.block) else 1.0
         exact = same_function(sample[0].hidden, reference, folded, share)
         if not exact:
             undo()
@@ -223,26 +215,7 @@ class BlockWork:
             modules[name], done = quantize_experts(
                 experts, inputs[name], self.config, _candidates(self.config)
             )
-            shared = self.notes[name]
-            for index, layers in enumerate(done):
-                for layer, before in zip(layers, plain[name][index], strict=True):
-                    first = layer.smoothing is None
-                    remarks = [*(shared.remarks if first else ()), layer.remark]
-                    reports.append(
-                        LayerReport(
-                            name=f"{self.name}.{name}.{index}.{layer.name}",
-                            out_features=layer.module.out_features,
-                            in_features=layer.module.in_features,
-                            smoothing=shared.smoothing if first else str(layer.smoothing),
-                            rounding=layer.rounding,
-                            tokens=layer.tokens,
-                            error_before=before,
-                            error_after=layer.error,
-                            note="; ".join(remark for remark in remarks if remark),
-                            expert=index,
-                            asymmetric=layer.module.asymmetric,
-                        )
-                    )
+            reports += expert_reports(f"{self.name}.{name}", done, self.notes[name], plain[name])
         return modules, reports
 
     def output_errors(
@@ -261,23 +234,9 @@ class BlockWork:
         after: Mapping[str, float],
     ) -> list[LayerReport]:
         """One line for each int8 linear."""
-        for notes in self.notes.values():
-            if notes.tokens == 0:
-                notes.remarks.append("no calibration token reached it")
         return [
-            LayerReport(
-                name=f"{self.name}.{name}",
-                out_features=module.out_features,
-                in_features=module.in_features,
-                smoothing=self.notes[name].smoothing,
-                rounding=self.notes[name].rounding,
-                tokens=self.notes[name].tokens,
-                error_before=before[name],
-                error_after=after[name],
-                note="; ".join(self.notes[name].remarks),
-                asymmetric=module.asymmetric,
-            )
-            for name, module in modules.items()
+            layer_report(f"{self.name}.{n}", module, self.notes[n], before[n], after[n])
+            for n, module in modules.items()
         ]
 
     def routing_reports(
