@@ -3,9 +3,10 @@
     make gpu                                     or: python benchmarks/gpu.py
     python benchmarks/gpu.py --device cpu        the checks only, to see that they run
 
-Right: each backend's proof, the bits of `Int8Linear` against the CPU's, and the shipped model
-quantized on the device against the same on the CPU. Fast: `Int8Linear` beside `nn.Linear` in
-bfloat16, weights rotated past the cache, and beside the bandwidth of a copy on the device.
+Right: each backend's proof, the bits of `Int8Linear` against the CPU's, and the shipped models, a
+dense one and a mixture of experts, quantized on the device against the same on the CPU. Fast:
+`Int8Linear` beside `nn.Linear` in bfloat16, weights rotated past the cache, and beside the
+bandwidth of a copy on the device.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from transformers import AutoModelForCausalLM
 import haq
 from haq import Int8Linear
 
-MODEL = Path(__file__).parents[1] / "examples/tiny_models/opt-python"
+MODELS = Path(__file__).parents[1] / "examples/tiny_models"
 SHAPES = [(14336, 4096), (4096, 14336), (4096, 4096)]  # [N, K]
 TOKENS = [1, 4, 16, 256, 4096]
 ROUNDS = 21
@@ -46,20 +47,27 @@ def check_products(device: torch.device) -> None:
         for tokens in (1, 16, 17, 100):
             x = torch.randn(tokens, columns).bfloat16()
             torch.testing.assert_close(moved(x.to(device)).cpu(), layer(x), rtol=0, atol=0)
-    print("Int8Linear: the bits of the CPU\n")
+    print("Int8Linear: the bits of the CPU")
+    for rows, columns in ((37, 53), (512, 1024)):
+        layer = Int8Linear.from_float(torch.randn(rows, columns), asymmetric=True)
+        moved = copy.deepcopy(layer).to(device)
+        x = torch.rand(17, columns)
+        # A GPU adds what a zero point stands for without rounding in between.
+        torch.testing.assert_close(moved(x.to(device)).cpu(), layer(x), rtol=1e-5, atol=1e-4)
+    print("with zero points: within float32 rounding\n")
 
 
-def check_model(device: torch.device) -> None:
+def check_model(name: str, device: torch.device) -> None:
     """A model quantized on the device predicts what one quantized on the CPU does."""
     generator = torch.Generator().manual_seed(0)
     calibration = [torch.randint(3, 2048, (4, 128), generator=generator) for _ in range(4)]
     text = torch.randint(3, 2048, (1, 2048), generator=generator)
-    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(MODELS / name, dtype=torch.float32)
     on_cpu = haq.quantize_model(copy.deepcopy(model), calibration, progress=False)
     on_device = haq.quantize_model(copy.deepcopy(model).to(device), calibration, progress=False)
     against_float = haq.compare(model, on_cpu, text, sequence_length=128, progress=False)
     against_cpu = haq.compare(on_cpu, on_device, text, sequence_length=128, progress=False)
-    print(f"KL(float || int8 on the CPU)        {against_float.kl:.2e}")
+    print(f"{name}\nKL(float || int8 on the CPU)        {against_float.kl:.2e}")
     print(f"KL(int8 on the CPU || on {device})  {against_cpu.kl:.2e}")
     if against_cpu.kl > against_float.kl:
         sys.exit("what the device computes is farther from the CPU than int8 is from float")
@@ -132,7 +140,8 @@ def main() -> None:
     harness.print_card(__doc__, facts)
     with torch.no_grad():
         check_products(device)
-        check_model(device)
+        for name in ("opt-python", "mixtral-python"):
+            check_model(name, device)
         if device.type != "cuda":
             return
         rows = [row for shape in SHAPES for row in measure_linear(shape)]
