@@ -3,10 +3,9 @@
     y[t, n] = (sum over k of q_x[t, k] * q_w[n, k]) * s_w[n] * s_x[t] + bias[n]
 
 The integers are those of :mod:`haq.int8.grid`, their sum is exact in int32, the rest is float32 in
-this order, and the result is cast to the input's dtype. Where a token has a zero point, too
-(:mod:`haq.int8.tokens`), its distance from -128 times the sum of the weight's row is added before
-s_x. All backends give the same bits, and so
-does a token alone and in a batch.
+this order, and the result is cast to the input's dtype. Where a token also has a zero point z
+(:mod:`haq.int8.tokens`), (128 - z) * s_w[n] * (sum over k of q_w[n, k]) is added before s_x. All
+backends give the same bits, and so does a token alone and in a batch.
 
 A fast kernel can be wrong without saying so: without VNNI, some add pairs of products in int16,
 where they saturate. So no backend is believed. Each is compared with int64 arithmetic on extreme
