@@ -7,6 +7,8 @@ Letters for shapes, everywhere: T tokens, K in-features, N out-features, D hidde
 
 from importlib.metadata import PackageNotFoundError, version
 
+from haq.checkpoint.load import from_pretrained
+from haq.checkpoint.save import save_pretrained
 from haq.config import QuantizationConfig
 from haq.evaluation import Comparison, compare, evaluation_tokens, perplexity
 from haq.int8.matmul import backends, use_backend
@@ -34,9 +36,11 @@ __all__ = [
     "calibration_batches",
     "compare",
     "evaluation_tokens",
+    "from_pretrained",
     "perplexity",
     "quantization_report",
     "quantize_model",
+    "save_pretrained",
     "use_backend",
 ]
 

@@ -169,6 +169,19 @@ def unfuse(experts: nn.Module, dtype: torch.dtype | None = None) -> ExpertList:
     )
 
 
+def unfused_shapes(experts: nn.Module) -> tuple[int, tuple[int, int], tuple[int, int], bool]:
+    """What `unfuse` would make: E, both matrices ``[N, K]`` of each, and whether there are biases.
+
+    Args:
+        experts: a fused experts module, on any device.
+    """
+    first, second = (experts.get_parameter(n).shape for n in (_up_name(experts), _DOWN_NAME))
+    step = -1 if _is_transposed(experts) else 1
+    (up_rows, up_columns), (down_rows, down_columns) = first[1:][::step], second[1:][::step]
+    has_bias = f"{_DOWN_NAME}_bias" in experts._parameters
+    return first[0], (up_rows, up_columns), (down_rows, down_columns), has_bias
+
+
 def _up_name(experts: nn.Module) -> str:
     return next(name for name in _UP_NAMES if name in experts._parameters)
 

@@ -1,0 +1,229 @@
+"""`save_pretrained`: an int8 model to a directory."""
+
+import copy
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from haq.checkpoint.files import INDEX
+from haq.checkpoint.format import (
+    FORMAT_VERSION,
+    HAQ_FILE,
+    Stored,
+    float_modules,
+    quantization_entry,
+    stored_tensors,
+)
+from haq.model.published import Piece, published_pieces, skeleton, tied_names
+from haq.nn import Int8Experts, Int8Linear
+from haq.quantization.report import find_report
+
+
+def save_pretrained(
+    model: PreTrainedModel,
+    directory: str | os.PathLike[str],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    max_shard_size: str = "5GB",
+) -> None:
+    """Write an int8 model as a directory that `haq.from_pretrained` and vLLM read.
+
+    It is a directory of transformers: ``config.json`` with a ``quantization_config`` of
+    compressed-tensors, safetensors under the names that published checkpoints have, the generation
+    config, the tokenizer. What only haq needs, the report and which inputs have zero points, is in
+    ``haq.json`` beside them. It appears when it is complete, and not before. In memory is one shard
+    beside the model.
+
+    Args:
+        model: what `haq.quantize_model` returned.
+        directory: where to; it must not exist, or be empty.
+        tokenizer: saved with it, if given.
+        max_shard_size: no file is larger, but for a tensor that is: "5GB", "500MB".
+
+    Raises:
+        TypeError: ``model`` is no model of transformers.
+        ValueError: it has no int8 layers, or weights on the meta device.
+        FileExistsError: the directory holds something, or is a file.
+        OSError: it cannot be written to, or the disk is full. Nothing is left behind.
+
+    Examples:
+        >>> save_pretrained(model, "mixtral-int8", tokenizer)  # doctest: +SKIP
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"`model` must be a `transformers` model, got {type(model).__name__}.")
+    if not any(isinstance(module, Int8Linear) for module in model.modules()):
+        raise ValueError(
+            f"`model` must be int8, got a {type(model).__name__} in float. Call "
+            "`haq.quantize_model(model, calibration)` first, or `model.save_pretrained` for float."
+        )
+    on_meta = next((n for n, p in model.named_parameters() if p.is_meta), None)
+    if on_meta is not None:
+        raise ValueError(f"`model` must have its weights in memory, `{on_meta}` is on meta.")
+    twin = skeleton(type(model), copy.deepcopy(model.config))
+    _check_ties(model, twin)
+    pieces = published_pieces(twin)
+    with new_directory(directory) as folder:
+        write_tensors(folder, model, stored_tensors(model, pieces), max_shard_size)
+        write_configs(folder, model, pieces)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def new_directory(directory: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary directory beside ``directory`` that takes its place when the block has ended."""
+    target = Path(directory)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(
+            f"`{target}` must not exist, or be an empty directory: it would be overwritten. Choose "
+            "another, or remove it."
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield folder
+        folder.chmod(0o777 & ~_umask())  # It was made for its owner alone.
+        os.replace(folder, target)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_tensors(
+    folder: Path, model: PreTrainedModel, stored: list[Stored], max_shard_size: str
+) -> None:
+    """All tensors, in as many files as it takes, and the index if that is more than one."""
+    values = _State(model)
+    shapes = {s.name: torch.empty(s.shape, dtype=values.dtype(s), device="meta") for s in stored}
+    split = split_torch_state_dict_into_shards(shapes, max_shard_size=max_shard_size)
+    by_name = {s.name: s for s in stored}
+    for file, names in split.filename_to_tensors.items():
+        tensors = {name: values.take(by_name[name]) for name in names}
+        write_safetensors(folder / file, tensors)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_json(folder / INDEX, index)
+
+
+class _State:
+    """Values of the model's state by key, an int8 weight unpacked when it is asked for."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self._last: tuple[str, Tensor] | None = None
+
+    def dtype(self, stored: Stored) -> torch.dtype:
+        return torch.int8 if stored.int8 else self._value(stored.key).dtype
+
+    def take(self, stored: Stored) -> Tensor:
+        return stored.take(self._value(stored.key)).detach().cpu()
+
+    def _value(self, key: str) -> Tensor:
+        # Gate and up are two tensors on disk and one here, which is unpacked once.
+        if self._last is None or self._last[0] != key:
+            owner, _, leaf = key.rpartition(".")
+            value = getattr(self._model.get_submodule(owner), leaf)
+            assert isinstance(value, Tensor)
+            self._last = key, value
+        return self._last[1]
+
+
+def write_safetensors(file: Path, tensors: dict[str, Tensor]) -> None:
+    """One file of tensors.
+
+    Raises:
+        OSError: it cannot be written; the message names it.
+    """
+    try:
+        save_file({n: t.contiguous() for n, t in tensors.items()}, file, {"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(
+            f"`{file}` could not be written: {error}. Is there room on the disk?"
+        ) from error
+
+
+def write_configs(folder: Path, model: PreTrainedModel, pieces: list[Piece]) -> None:
+    """``config.json``, ``generation_config.json`` and ``haq.json``."""
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.dtype = str(model.dtype).removeprefix("torch.")
+    config.quantization_config = quantization_entry(float_modules(model, pieces))
+    config.save_pretrained(folder)
+    if model.can_generate() and model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    report = find_report(model)
+    values = {
+        "format": FORMAT_VERSION,
+        "asymmetric": sorted(_asymmetric(model)),
+        "report": None if report is None else report.to_dict(),
+        "made_with": {
+            "haq": _own_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+    write_json(folder / HAQ_FILE, values)
+
+
+def _asymmetric(model: PreTrainedModel) -> Iterator[str]:
+    """Layers whose inputs have zero points, and experts whose second ones do."""
+    for name, module in model.named_modules():
+        if isinstance(module, Int8Experts):
+            first = module.down[0]
+            if isinstance(first, Int8Linear) and first.asymmetric:
+                yield name
+        elif isinstance(module, Int8Linear) and module.asymmetric:
+            owner = name.rpartition(".")[0].rpartition(".")[0]
+            if not isinstance(model.get_submodule(owner), Int8Experts):
+                yield name
+
+
+def _own_version() -> str:
+    try:
+        return version("haq")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def write_json(file: Path, values: dict[str, Any]) -> None:
+    """An object as JSON that people can read, the same bytes for the same values."""
+    text = json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False)
+    file.write_text(text + "\n", encoding="utf-8")
+
+
+def _check_ties(model: PreTrainedModel, twin: PreTrainedModel) -> None:
+    """What the configuration says is one tensor must be one."""
+    for name, original in tied_names(twin).items():
+        one, other = (_find(model, n) for n in (name, original))
+        if one is not other and not torch.equal(one, other):
+            raise ValueError(
+                f"`{name}` and `{original}` must be one tensor, as `model.config` says, and "
+                "differ. Set `model.config.tie_word_embeddings = False` to save both."
+            )
+
+
+def _find(model: PreTrainedModel, name: str) -> Tensor:
+    owner, _, leaf = name.rpartition(".")
+    value = getattr(model.get_submodule(owner), leaf)
+    assert isinstance(value, Tensor)
+    return value
