@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from haq.checkpoint.load import from_pretrained
 from haq.checkpoint.save import save_pretrained
+from haq.checkpoint.stream import quantize_checkpoint
 from haq.config import QuantizationConfig
 from haq.evaluation import Comparison, compare, evaluation_tokens, perplexity
 from haq.int8.matmul import backends, use_backend
@@ -39,6 +40,7 @@ __all__ = [
     "from_pretrained",
     "perplexity",
     "quantization_report",
+    "quantize_checkpoint",
     "quantize_model",
     "save_pretrained",
     "use_backend",

@@ -4,6 +4,7 @@ Nothing is ever unpickled, and every header is read before any tensor is.
 """
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from torch import Tensor
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+
+_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
 
 
 @dataclass(frozen=True)
@@ -34,12 +37,18 @@ class Header:
         """Whether it is one of the float types that a model computes in."""
         return self.dtype in ("F64", "F32", "F16", "BF16")
 
+    @property
+    def num_bytes(self) -> int:
+        """What its values take."""
+        return math.prod(self.shape) * _BYTES.get(self.dtype, 1)
+
 
 class TensorFiles:
     """The safetensors of a checkpoint, one file or many with an index.
 
     Args:
         directory: of the checkpoint.
+        only: a single file of it, without an index.
 
     Attributes:
         headers: of every tensor, by its name.
@@ -50,10 +59,11 @@ class TensorFiles:
             that the index says, or the index leads out of the directory.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, only: str | None = None) -> None:
         self._open: tuple[Path, Any] | None = None
         self.headers: dict[str, Header] = {}
-        for file, names in _files(directory).items():
+        files = _files(directory) if only is None else {directory / only: None}
+        for file, names in files.items():
             self._add(file, names)
 
     def _add(self, file: Path, expected: list[str] | None) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from haq.model.experts import routers
 from haq.model.linears import is_linear
@@ -145,18 +146,27 @@ def _linear(module: nn.Module) -> Int8Linear:
     return module
 
 
-def float_modules(model: nn.Module, pieces: Sequence[Piece]) -> list[str]:
-    """Names on disk of the modules that multiply in float: linears and routers."""
-    named = {**{n: m for n, m in model.named_modules() if is_linear(m)}, **_routers(model)}
-    names = []
-    for piece in pieces:
-        owner, _, leaf = piece.parameter.rpartition(".")
-        if owner in named and leaf == "weight":
-            names.append(piece.name.removesuffix(".weight"))
+def float_modules(model: nn.Module, pieces: Sequence[Piece], prefix: str = "") -> list[str]:
+    """Names on disk of the modules that multiply in float: linears and routers.
+
+    Args:
+        model: with int8 modules.
+        pieces: `published_pieces` of the same model in float, or those of a part of it.
+        prefix: of the names of that part.
+    """
+    linears = {n for n, m in model.named_modules() if is_linear(m)}
+    named, stored = linears | set(_routers(model)), {piece.parameter for piece in pieces}
+    published = {p.parameter: p.name.removesuffix(".weight") for p in pieces}
+    names = {published[f"{n}.weight"] for n in named if f"{n}.weight" in stored}
     # A tied head has no tensor of its own.
-    stored = {piece.parameter for piece in pieces}
-    tied = [n for n in named if f"{n}.weight" not in stored and n not in _routers(model)]
-    return sorted({*names, *tied})
+    head = {n for n in linears if _is_tied_head(model, n)} if not prefix else set()
+    return sorted(names | head)
+
+
+def _is_tied_head(model: nn.Module, name: str) -> bool:
+    """Whether a linear's weight is that of the input embeddings."""
+    weight = model.get_parameter(f"{name}.weight")
+    return isinstance(model, PreTrainedModel) and weight is model.get_input_embeddings().weight
 
 
 def _routers(model: nn.Module) -> dict[str, nn.Module]:

@@ -76,12 +76,12 @@ def from_pretrained(
     files, notes = TensorFiles(folder), _notes(folder)
     config = AutoConfig.from_pretrained(folder)
     del config.quantization_config
-    model = skeleton(_kind(config, folder), config)
+    model = skeleton(model_class(config, folder), config)
     pieces = published_pieces(model)
     _put_int8_modules(model, pieces, files, set(notes.get("asymmetric", ())))
     stored = stored_tensors(model, pieces)
-    _check(stored, files, model)
-    _fill(model, stored, files, torch.device(device), dtype)
+    check_headers(stored, files, model)
+    fill(model, stored, files, torch.device(device), dtype)
     model.tie_weights()
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -105,7 +105,7 @@ def _notes(folder: Path) -> dict[str, Any]:
     return notes
 
 
-def _kind(config: PretrainedConfig, folder: Path) -> type[PreTrainedModel]:
+def model_class(config: PretrainedConfig, folder: Path) -> type[PreTrainedModel]:
     names = config.architectures or []
     kind = getattr(transformers, names[0], None) if len(names) == 1 else None
     if not isinstance(kind, type) or not issubclass(kind, PreTrainedModel):
@@ -161,7 +161,7 @@ def _int8_experts(experts: nn.Module, asymmetric: bool) -> Int8Experts:
     )
 
 
-def _check(stored: Sequence[Stored], files: TensorFiles, model: PreTrainedModel) -> None:
+def check_headers(stored: Sequence[Stored], files: TensorFiles, model: PreTrainedModel) -> None:
     """Whether all tensors are there, of the right shape and kind, before any is read."""
     for tensor in stored:
         header = files.headers.get(tensor.name)
@@ -193,7 +193,7 @@ def _check(stored: Sequence[Stored], files: TensorFiles, model: PreTrainedModel)
         )
 
 
-def _fill(
+def fill(
     model: PreTrainedModel,
     stored: Sequence[Stored],
     files: TensorFiles,

@@ -5,10 +5,11 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ import transformers
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from haq.checkpoint.files import INDEX
@@ -28,9 +29,9 @@ from haq.checkpoint.format import (
     quantization_entry,
     stored_tensors,
 )
-from haq.model.published import Piece, published_pieces, skeleton, tied_names
+from haq.model.published import published_pieces, skeleton, tied_names
 from haq.nn import Int8Experts, Int8Linear
-from haq.quantization.report import find_report
+from haq.quantization.report import QuantizationReport, find_report
 
 
 def save_pretrained(
@@ -78,7 +79,8 @@ def save_pretrained(
     pieces = published_pieces(twin)
     with new_directory(directory) as folder:
         write_tensors(folder, model, stored_tensors(model, pieces), max_shard_size)
-        write_configs(folder, model, pieces)
+        ignore, asymmetric = float_modules(model, pieces), sorted(asymmetric_layers(model))
+        write_configs(folder, model, model.dtype, ignore, asymmetric, find_report(model))
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
 
@@ -87,11 +89,7 @@ def save_pretrained(
 def new_directory(directory: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary directory beside ``directory`` that takes its place when the block has ended."""
     target = Path(directory)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(
-            f"`{target}` must not exist, or be an empty directory: it would be overwritten. Choose "
-            "another, or remove it."
-        )
+    check_new(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
@@ -101,6 +99,19 @@ def new_directory(directory: str | os.PathLike[str]) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+def check_new(target: Path) -> None:
+    """Refuse a directory that holds something.
+
+    Raises:
+        FileExistsError: it does, or it is a file.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(
+            f"`{target}` must not exist, or be an empty directory: it would be overwritten. Choose "
+            "another, or remove it."
+        )
 
 
 def _umask() -> int:
@@ -118,17 +129,22 @@ def write_tensors(
     split = split_torch_state_dict_into_shards(shapes, max_shard_size=max_shard_size)
     by_name = {s.name: s for s in stored}
     for file, names in split.filename_to_tensors.items():
-        tensors = {name: values.take(by_name[name]) for name in names}
-        write_safetensors(folder / file, tensors)
+        write_safetensors(folder / file, take_tensors(model, [by_name[name] for name in names]))
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_json(folder / INDEX, index)
 
 
+def take_tensors(model: nn.Module, stored: Sequence[Stored]) -> dict[str, Tensor]:
+    """Tensors as they are written, by their names on disk, on the CPU."""
+    values = _State(model)
+    return {tensor.name: values.take(tensor) for tensor in stored}
+
+
 class _State:
     """Values of the model's state by key, an int8 weight unpacked when it is asked for."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._last: tuple[str, Tensor] | None = None
 
@@ -162,30 +178,48 @@ def write_safetensors(file: Path, tensors: dict[str, Tensor]) -> None:
         ) from error
 
 
-def write_configs(folder: Path, model: PreTrainedModel, pieces: list[Piece]) -> None:
-    """``config.json``, ``generation_config.json`` and ``haq.json``."""
+def write_configs(
+    folder: Path,
+    model: PreTrainedModel,
+    dtype: torch.dtype,
+    ignore: Sequence[str],
+    asymmetric: Sequence[str],
+    report: QuantizationReport | None,
+    notes: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """``config.json``, ``generation_config.json`` and ``haq.json``.
+
+    Args:
+        folder: where to.
+        model: has both configurations; its weights are not looked at.
+        dtype: of what is float.
+        ignore: names on disk of the modules that stay float.
+        asymmetric: layers whose inputs have zero points, and experts whose second ones do.
+        report: how the model was made, if that is known.
+        notes: more for ``haq.json``.
+    """
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
-    config.dtype = str(model.dtype).removeprefix("torch.")
-    config.quantization_config = quantization_entry(float_modules(model, pieces))
+    config.dtype = str(dtype).removeprefix("torch.")
+    config.quantization_config = quantization_entry(ignore)
     config.save_pretrained(folder)
     if model.can_generate() and model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
-    report = find_report(model)
     values = {
         "format": FORMAT_VERSION,
-        "asymmetric": sorted(_asymmetric(model)),
+        "asymmetric": list(asymmetric),
         "report": None if report is None else report.to_dict(),
         "made_with": {
-            "haq": _own_version(),
+            "haq": own_version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
+        **notes,
     }
     write_json(folder / HAQ_FILE, values)
 
 
-def _asymmetric(model: PreTrainedModel) -> Iterator[str]:
+def asymmetric_layers(model: PreTrainedModel) -> Iterator[str]:
     """Layers whose inputs have zero points, and experts whose second ones do."""
     for name, module in model.named_modules():
         if isinstance(module, Int8Experts):
@@ -198,7 +232,8 @@ def _asymmetric(model: PreTrainedModel) -> Iterator[str]:
                 yield name
 
 
-def _own_version() -> str:
+def own_version() -> str:
+    """haq's own."""
     try:
         return version("haq")
     except PackageNotFoundError:

@@ -105,7 +105,10 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 
 def capture_block_inputs(
-    model: PreTrainedModel, blocks: nn.ModuleList, batches: Sequence[Mapping[str, Tensor]]
+    model: PreTrainedModel,
+    blocks: nn.ModuleList,
+    batches: Sequence[Mapping[str, Tensor]],
+    keep: Callable[[Tensor], Tensor] = lambda hidden: hidden,
 ) -> BlockInputs:
     """Run everything before the blocks, and record how each block would be called.
 
@@ -117,6 +120,7 @@ def capture_block_inputs(
         blocks: what `find_blocks` returned.
         batches: mappings with ``input_ids`` int64 ``[B, T]`` and ``attention_mask`` ``[B, T]`` or
             None, on the model's device.
+        keep: gives each batch's hidden states back as they will be kept: on disk, for example.
 
     Returns:
         The inputs of block 0 and every block's other arguments.
@@ -142,7 +146,7 @@ def capture_block_inputs(
                 f"{len(recorder.calls)}. Does `model.config` belong to it?"
             )
         previous = inputs.calls[-1] if inputs.calls else None
-        inputs.hidden.append(recorder.hidden)
+        inputs.hidden.append(keep(recorder.hidden))
         inputs.calls.append(_share_equal_tensors(recorder.calls, previous))
         inputs.masks.append(_token_mask(batch))
     return inputs

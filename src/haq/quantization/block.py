@@ -19,15 +19,18 @@ def quantize_block(
     config: QuantizationConfig,
     name: str,
     excluded: frozenset[str] = frozenset(),
+    *,
+    use_up: bool = False,
 ) -> tuple[nn.Module, BlockReport]:
     """An int8 copy of a decoder block, and what was done to each of its layers.
 
     Args:
-        block: the float block; unchanged, whatever happens.
+        block: the float block; unchanged, whatever happens, unless it is used up.
         batches: what the block is given, for every calibration batch.
         config: what to do.
         name: the block's name in the model, for the report and for errors.
         excluded: names, in the block, of modules that must stay float.
+        use_up: give the memory of the float block back as soon as there is a float32 copy.
 
     Returns:
         A block with the same modules, dtypes and device, but for int8 linears and experts.
@@ -37,6 +40,8 @@ def quantize_block(
         ValueError: the block reads the weight of a linear without calling it.
     """
     work = BlockWork(block, name, excluded, config)
+    if use_up:
+        block.to("meta")  # Names and dtypes are still read.
     some = _evenly_spread(batches, config.search_tokens)
     sample = [batch.float() for batch in some]
     groups = find_groups(work.block, sample[0])

@@ -77,7 +77,7 @@ def quantize_model(
     try:
         inputs = capture_block_inputs(model, blocks, batches)
         if report is None:
-            kept = _kept_float(model, blocks, f"{name}.", excluded)
+            kept = kept_float(model, blocks, f"{name}.", excluded)
             report = QuantizationReport(
                 type(model).__name__, config, len(blocks), inputs.num_tokens, kept_float=kept
             )
@@ -110,16 +110,21 @@ def _quantize_blocks(
             batches = inputs.of_block(i)
             prefix = f"{name}.{i}"
             if i >= len(report.blocks):
-                inside = {n.removeprefix(f"{prefix}.") for n in excluded if n.startswith(prefix)}
                 converted, block_report = quantize_block(
-                    block, batches, report.config, prefix, frozenset(inside)
+                    block, batches, report.config, prefix, names_inside(excluded, prefix)
                 )
                 # The report first: what it has too much after an interrupt can be taken off.
                 report.blocks.append(block_report)
                 blocks[i] = block = converted
             inputs.hidden = [run_block(block, batch) for batch in batches]
-            _check_finite(inputs, prefix)
+            check_finite(inputs.hidden, prefix)
             bar.update()
+
+
+def names_inside(names: Iterable[str], prefix: str) -> frozenset[str]:
+    """Those of ``names`` that are inside the module ``prefix``, as they are called there."""
+    inside = f"{prefix}."
+    return frozenset(n.removeprefix(inside) for n in names if n.startswith(inside))
 
 
 def _report_to_continue(
@@ -153,7 +158,7 @@ def _drop_what_is_not_there(report: QuantizationReport, blocks: nn.ModuleList) -
             del report.blocks[last]
 
 
-def _kept_float(
+def kept_float(
     model: nn.Module, blocks: nn.ModuleList, prefix: str, excluded: frozenset[str]
 ) -> list[str]:
     """Linears outside the blocks, what the user excluded, and the routers of experts."""
@@ -167,8 +172,9 @@ def _kept_float(
     return [*others, *kept, *unknown, *routing]
 
 
-def _check_finite(inputs: BlockInputs, block_name: str) -> None:
-    for i, hidden in enumerate(inputs.hidden):
+def check_finite(batches: Iterable[Tensor], block_name: str) -> None:
+    """Refuse what a block gave if any of it is NaN or infinite."""
+    for i, hidden in enumerate(batches):
         if not bool(torch.isfinite(hidden).all()):
             raise RuntimeError(
                 f"`{block_name}` gives NaN or infinity for calibration batch {i}. A float16 model "

@@ -80,6 +80,16 @@ class BlockReport:
     layers: list[LayerReport]
     routing: list[RoutingReport] = field(default_factory=list)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for `json.dumps`."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "BlockReport":
+        """The inverse of `to_dict`."""
+        layers = [LayerReport(**layer) for layer in values["layers"]]
+        return cls(layers, [_routing_from_dict(routing) for routing in values["routing"]])
+
 
 @dataclass(frozen=True)
 class QuantizationReport:
@@ -126,13 +136,7 @@ class QuantizationReport:
     def from_dict(cls, values: dict[str, Any]) -> "QuantizationReport":
         """The inverse of `to_dict`."""
         config = QuantizationConfig.from_dict(values["config"])
-        blocks = [
-            BlockReport(
-                [LayerReport(**layer) for layer in block["layers"]],
-                [_routing_from_dict(routing) for routing in block["routing"]],
-            )
-            for block in values["blocks"]
-        ]
+        blocks = [BlockReport.from_dict(block) for block in values["blocks"]]
         return cls(**{**values, "config": config, "blocks": blocks})
 
     def __str__(self) -> str:

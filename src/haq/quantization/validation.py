@@ -55,11 +55,20 @@ def checked_model(
         )
     _check_kind(model)
     _check_placement(model)
+    name, blocks, excluded = checked_structure(model, config)
+    check_weights_finite(model)
+    return name, blocks, excluded
+
+
+def checked_structure(
+    model: PreTrainedModel, config: QuantizationConfig
+) -> tuple[str, nn.ModuleList, frozenset[str]]:
+    """What `checked_model` says, of a model whose weights may be on the meta device."""
+    _check_kind(model)
     excluded = _checked_exclusions(model, config)
     name, blocks = find_blocks(model)
     _check_weights_known(blocks, name, excluded)
     _check_something_to_do(model, blocks, name, excluded, config)
-    _check_weights_finite(model)
     return name, blocks, excluded
 
 
@@ -216,8 +225,16 @@ def _check_something_to_do(
         )
 
 
-def _check_weights_finite(model: PreTrainedModel) -> None:
-    for name, parameter in model.named_parameters():
+def check_weights_finite(model: nn.Module, prefix: str = "") -> None:
+    """Refuse NaN and infinity in a parameter that is in memory.
+
+    Args:
+        model: a model, or a part of one.
+        prefix: of its parameters' names.
+    """
+    for name, parameter in model.named_parameters(prefix):
+        if parameter.is_meta:
+            continue
         low, high = parameter.aminmax() if parameter.numel() else (parameter, parameter)
         # NaN propagates through both ends.
         if parameter.numel() and not bool((low.isfinite() & high.isfinite()).all()):
