@@ -7,6 +7,7 @@ Letters for shapes, everywhere: T tokens, K in-features, N out-features, D hidde
 
 from importlib.metadata import PackageNotFoundError, version
 
+from haq.checkpoint import plain
 from haq.checkpoint.load import from_pretrained
 from haq.checkpoint.save import save_pretrained
 from haq.checkpoint.stream import quantize_checkpoint
@@ -45,6 +46,8 @@ __all__ = [
     "save_pretrained",
     "use_backend",
 ]
+
+plain.register()
 
 try:
     __version__ = version("haq")

@@ -24,6 +24,7 @@ from haq.model.experts import Activation, is_fused_experts, unfused_shapes
 from haq.model.linears import bias_view, is_linear, weight_view
 from haq.model.published import Piece, published_pieces, skeleton, tied_names
 from haq.nn import Int8Experts, Int8Linear
+from haq.quantization.guard import guard
 from haq.quantization.report import QuantizationReport, attach_report
 
 logger = logging.get_logger(__name__)
@@ -86,6 +87,7 @@ def from_pretrained(
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     model.config.name_or_path = str(folder)
+    guard(model)
     if notes.get("report") is not None:
         attach_report(model, QuantizationReport.from_dict(notes["report"]))
     return model

@@ -13,6 +13,7 @@ from haq.model.experts import fused_experts, routers, unknown_weights
 from haq.model.linears import linears
 from haq.nn import Int8Linear
 from haq.quantization.block import quantize_block
+from haq.quantization.guard import guard, unguard
 from haq.quantization.report import QuantizationReport, attach_report, detach_report, find_report
 from haq.quantization.validation import checked_batches, checked_model
 
@@ -82,6 +83,7 @@ def quantize_model(
                 type(model).__name__, config, len(blocks), inputs.num_tokens, kept_float=kept
             )
             attach_report(model, report)
+            guard(model)
         _quantize_blocks(blocks, name, inputs, excluded, report, progress)
     except BaseException as error:
         if report is not None:
@@ -186,6 +188,7 @@ def _state_of(model: PreTrainedModel, report: QuantizationReport | None) -> str:
     done = 0 if report is None else len(report.blocks)
     if report is None or done == 0:
         detach_report(model)
+        unguard(model)
         return "haq: the model is as it was, no block was converted."
     if report.complete:
         return f"haq: all {done} blocks of the model are int8 and work: it is done."
