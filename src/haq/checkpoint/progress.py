@@ -6,6 +6,7 @@ files that are finished (``model``), the hidden states that enter the next block
 """
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from haq.checkpoint.files import read_json
 from haq.checkpoint.save import check_new, write_json, write_safetensors
+from haq.processes import ALONE, Processes
 
 _PROGRESS = "progress.json"
 
@@ -29,6 +31,7 @@ class Progress:
     Args:
         folder: the ``.incomplete`` directory; made if it is not there.
         job: everything that the result depends on, as JSON values.
+        processes: that work on it and see the same disk. The first writes what all have in common.
 
     Attributes:
         job: as given.
@@ -39,38 +42,59 @@ class Progress:
         ValueError: what is there is of another job; the message says in what they differ.
     """
 
-    def __init__(self, folder: Path, job: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, job: dict[str, Any], processes: Processes = ALONE) -> None:
         self._folder = folder
+        self._processes = processes
         self.job = job
         self.model = folder / "model"
         self.parts: list[dict[str, Any]] = []
-        self.model.mkdir(parents=True, exist_ok=True)
-        if (folder / _PROGRESS).is_file():
-            known = read_json(folder / _PROGRESS)
-            self._check_same(known["job"])
-            self.parts = known["parts"]
-        else:
-            self._write()
-        self._clean()
+        if processes.first:
+            self._begin()
+        processes.wait()
+        self.parts = self._read()
 
-    def commit(self, part: dict[str, Any], hidden: Sequence[Tensor]) -> list[Tensor]:
+    def _begin(self) -> None:
+        self.model.mkdir(parents=True, exist_ok=True)
+        self.parts = self._read()
+        self._write()
+        self._clean()
+        self._hidden(len(self.parts)).mkdir(exist_ok=True)
+
+    def _read(self) -> list[dict[str, Any]]:
+        """What was noted of this job; nothing if it begins."""
+        file = self._folder / _PROGRESS
+        if not file.is_file():
+            return []
+        known = read_json(file)
+        self._check_same(known["job"], len(known["parts"]))
+        parts: list[dict[str, Any]] = known["parts"]
+        return parts
+
+    def commit(self, part: dict[str, Any], hidden: Sequence[Tensor], number: int) -> list[Tensor]:
         """A part is done: note it, and keep what enters the next one.
 
         Args:
             part: JSON values.
-            hidden: what enters the next part, batch by batch.
+            hidden: what enters the next part, for each batch of this process.
+            number: of the batches of all processes.
 
         Returns:
-            ``hidden``, as it is on disk.
+            The hidden states of all batches, as they are on disk.
         """
         folder = self._hidden(len(self.parts) + 1)
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
+        if self._processes.first:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+        self._processes.wait()
+        start = self._processes.slice(number).start
         for index, tensor in enumerate(hidden):
-            _write_hidden(folder, index, tensor)
+            _write_hidden(folder, start + index, tensor)
+        self._processes.wait()
         self.parts.append(part)
-        self._write()
-        self._clean()
+        if self._processes.first:
+            self._write()
+            self._clean()
+        self._processes.wait()
         return self.hidden()
 
     def hidden(self) -> list[Tensor]:
@@ -78,12 +102,17 @@ class Progress:
         files = sorted(self._hidden(len(self.parts)).glob("*.safetensors"))
         return [safe_open(file, framework="pt").get_tensor("hidden") for file in files]
 
-    def keeper(self) -> Callable[[Tensor], Tensor]:
-        """Puts what enters the first part on disk, one batch after the other."""
-        folder = self._hidden(0)
-        folder.mkdir(exist_ok=True)
-        count = iter(range(10**9))
-        return lambda tensor: _write_hidden(folder, next(count), tensor)
+    def keeper(self, number: int) -> Callable[[Tensor], Tensor]:
+        """Puts what enters the first part on disk, batch after batch; those of others are empty."""
+        own, count = self._processes.slice(number), itertools.count()
+
+        def keep(tensor: Tensor) -> Tensor:
+            index = next(count)
+            if not own.start <= index < own.stop:
+                return tensor[:0]
+            return _write_hidden(self._hidden(0), index, tensor)
+
+        return keep
 
     def _hidden(self, done: int) -> Path:
         return self._folder / f"hidden-{done}"
@@ -105,12 +134,12 @@ class Progress:
             if file.name not in files:
                 file.unlink()
 
-    def _check_same(self, job: dict[str, Any]) -> None:
+    def _check_same(self, job: dict[str, Any], done: int) -> None:
         for key, value in self.job.items():
             before = job.get(key)
             if before != value:
                 raise ValueError(
-                    f"`{self._folder}` holds {len(self.parts)} parts of a job with another {key}: "
+                    f"`{self._folder}` holds {done} parts of a job with another {key}: "
                     f"{_difference(before, value)}. Make the same call to go on with it, or pass "
                     "`resume=False` to start anew."
                 )

@@ -1,16 +1,18 @@
 """`quantize_checkpoint`: a model that does not fit into memory, from disk to disk."""
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from huggingface_hub import snapshot_download
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from transformers import AutoConfig, GenerationConfig
 from transformers.utils import logging
 
@@ -30,6 +32,7 @@ from haq.checkpoint.save import (
 from haq.config import QuantizationConfig
 from haq.model.blocks import BlockInputs, capture_block_inputs, run_block
 from haq.model.published import Piece, published_pieces, skeleton
+from haq.processes import Processes
 from haq.quantization.block import quantize_block
 from haq.quantization.pipeline import check_finite, kept_float, names_inside
 from haq.quantization.report import BlockReport, QuantizationReport
@@ -57,6 +60,9 @@ def quantize_checkpoint(
     states of the calibration tokens are on disk. What is done is beside ``output``, in a directory
     with ``.incomplete`` after its name. Stopped at any point, the same call goes on where it was,
     and ends with the same bytes; ``output`` appears when it is complete.
+
+    Started by ``torchrun`` or ``accelerate launch`` as several processes that see the same disk,
+    they share the calibration batches out, and the result is that of one up to the order of sums.
 
     Args:
         source: the directory of a float checkpoint, or its name on the hub.
@@ -89,31 +95,44 @@ def quantize_checkpoint(
     job = _job(folder, batches, config)
     done = _already_done(target, job)
     incomplete = target.parent / f"{target.name}.incomplete"
+    place = _own(torch.device(device))
+    processes = _processes(place, len(batches))
     if done is not None:
-        shutil.rmtree(incomplete, ignore_errors=True)
+        if processes.first:
+            shutil.rmtree(incomplete, ignore_errors=True)
         return done
     check_new(target)
-    with only_one(incomplete):
-        if not resume:
+    with only_one(incomplete) if processes.first else nullcontext():
+        if not resume and processes.first:
             _empty(incomplete)
-        state = Progress(incomplete, job)
+        state = Progress(incomplete, job, processes)
         try:
-            report = _Streamed(folder, config, torch.device(device)).run(batches, state, progress)
+            streamed = _Streamed(folder, config, place, processes)
+            report = streamed.run(batches, state, progress)
         except BaseException as error:
             error.add_note(
                 f"haq: {max(len(state.parts) - 1, 0)} blocks are done and kept in `{incomplete}`. "
                 "The same call goes on after them."
             )
             raise
-        finish(incomplete, target)
+        if processes.first:
+            finish(incomplete, target)
+        processes.wait()
     return report
 
 
 class _Streamed:
     """A model of which one block at a time has weights."""
 
-    def __init__(self, folder: Path, config: QuantizationConfig, device: torch.device) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: QuantizationConfig,
+        device: torch.device,
+        processes: Processes,
+    ) -> None:
         self.folder, self.config, self.device = folder, config, device
+        self.processes = processes
         self.files = TensorFiles(folder)
         model_config = AutoConfig.from_pretrained(folder)
         self.model = skeleton(model_class(model_config, folder), model_config)
@@ -136,7 +155,8 @@ class _Streamed:
             kept = kept_float(self.model, self.blocks, f"{self.name}.", self.excluded)
             file = self._write(0, "", state)
             notes = self._notes("") | {"file": file, "kept": kept}
-            inputs.hidden = state.commit(notes, inputs.hidden)
+            own = self.processes.share(inputs.hidden)
+            inputs.hidden = state.commit(notes, own, len(inputs.hidden))
         dtype = self.model.dtype
         self._forget_what_is_around()
         self._quantize_blocks(inputs, state, progress)
@@ -148,13 +168,14 @@ class _Streamed:
             [BlockReport.from_dict(part["report"]) for part in state.parts[1:]],
             state.parts[0]["kept"],
         )
-        self._write_around(state, report, dtype)
+        if self.processes.first:
+            self._write_around(state, report, dtype)
         return report
 
     def _inputs(self, batches: list[dict[str, Tensor]], state: Progress) -> BlockInputs:
         """How every block is called, and what enters the one that is next."""
         self._load(f"{self.name}.0.")  # It runs once, which shows what blocks return.
-        keep = state.keeper() if not state.parts else lambda hidden: hidden[:0]
+        keep = (lambda hidden: hidden[:0]) if state.parts else state.keeper(len(batches))
         inputs = capture_block_inputs(self.model, self.blocks, batches, keep)
         if state.parts:
             inputs.hidden = state.hidden()
@@ -168,7 +189,7 @@ class _Streamed:
             initial=len(state.parts) - 1,
             desc="Quantizing",
             unit="block",
-            disable=None if progress else True,
+            disable=None if progress and self.processes.first else True,
         )
         with bar:
             for i in range(len(state.parts) - 1, len(self.blocks)):
@@ -184,14 +205,15 @@ class _Streamed:
                     prefix,
                     names_inside(self.excluded, prefix),
                     use_up=True,
+                    processes=self.processes,
                 )
                 self.blocks[i] = block
                 notes = self._notes(f"{prefix}.") | {"report": report.to_dict()}
                 notes["file"] = self._write(i + 1, f"{prefix}.", state)
-                hidden = [run_block(block, batch) for batch in batches]
+                hidden = [run_block(block, batch) for batch in self.processes.share(batches)]
                 check_finite(hidden, prefix)
                 self.blocks[i] = nn.Identity()
-                inputs.hidden = state.commit(notes, hidden)
+                inputs.hidden = state.commit(notes, hidden, len(batches))
                 bar.update()
 
     def _load(self, prefix: str) -> None:
@@ -223,6 +245,8 @@ class _Streamed:
     def _write(self, number: int, prefix: str, state: Progress) -> str:
         """One file with the tensors of a part; its name."""
         name = f"model-{number + 1:05}-of-{len(self.blocks) + 1:05}.safetensors"
+        if not self.processes.first:
+            return name
         stored = stored_tensors(self.model, self._here(prefix))
         write_safetensors(state.model / name, take_tensors(self.model, stored))
         to_disk(state.model / name)
@@ -251,6 +275,28 @@ class _Streamed:
 
 def _belongs(name: str, prefix: str, inside: str) -> bool:
     return name.startswith(prefix) if prefix else not name.startswith(inside)
+
+
+def _processes(device: torch.device, batches: int) -> Processes:
+    """Those that a launcher started, made known to each other if they are not yet."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not distributed.is_initialized():
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    processes = Processes.of_torch()
+    if processes.count > max(batches, 1):
+        raise ValueError(
+            f"`calibration` must have a batch for each of {processes.count} processes, got "
+            f"{batches}. Make more batches, or start fewer processes."
+        )
+    return processes
+
+
+def _own(device: torch.device) -> torch.device:
+    """The GPU of this process, if a launcher started several and none was named."""
+    rank = os.environ.get("LOCAL_RANK")
+    if device.type != "cuda" or device.index is not None or rank is None:
+        return device
+    torch.cuda.set_device(int(rank))  # The backend that sums needs to know as well.
+    return torch.device("cuda", int(rank))
 
 
 def _local(source: str | os.PathLike[str]) -> Path:
@@ -285,7 +331,7 @@ def _job(
         file.name: hashlib.sha256(file.read_bytes()).hexdigest()
         for file in sorted(folder.glob("*.json"))
     }
-    return {
+    job = {
         "source": weights | texts,
         "calibration": _digest_of_batches(batches),
         "configuration": config.to_dict(),
@@ -295,6 +341,8 @@ def _job(
             "transformers": transformers.__version__,
         },
     }
+    values: dict[str, Any] = json.loads(json.dumps(job))  # As it will be read: no tuples.
+    return values
 
 
 def _digest_of_batches(batches: Sequence[Tensor | Mapping[str, Tensor]]) -> str:

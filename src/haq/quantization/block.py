@@ -8,6 +8,7 @@ from haq.config import QuantizationConfig
 from haq.model.blocks import BlockBatch
 from haq.model.groups import find_groups
 from haq.nn import Int8Experts, Int8Linear
+from haq.processes import ALONE, Processes
 from haq.quantization.experts import nearest_errors
 from haq.quantization.report import BlockReport
 from haq.quantization.work import BlockWork
@@ -21,6 +22,7 @@ def quantize_block(
     excluded: frozenset[str] = frozenset(),
     *,
     use_up: bool = False,
+    processes: Processes = ALONE,
 ) -> tuple[nn.Module, BlockReport]:
     """An int8 copy of a decoder block, and what was done to each of its layers.
 
@@ -30,6 +32,7 @@ def quantize_block(
         config: what to do.
         name: the block's name in the model, for the report and for errors.
         excluded: names, in the block, of modules that must stay float.
+        processes: which share the batches out, and all make the same block.
         use_up: give the memory of the float block back as soon as there is a float32 copy.
 
     Returns:
@@ -39,7 +42,7 @@ def quantize_block(
         RuntimeError: an activation is NaN or infinite; the message names the layer.
         ValueError: the block reads the weight of a linear without calling it.
     """
-    work = BlockWork(block, name, excluded, config)
+    work = BlockWork(block, name, excluded, config, processes)
     if use_up:
         block.to("meta")  # Names and dtypes are still read.
     some = _evenly_spread(batches, config.search_tokens)

@@ -126,6 +126,7 @@ class _Work:
         self.activation = experts.activation
         self.expert = experts.expert(index)
         self.config = config
+        self.processes = inputs.processes
         self.chunks = partial(inputs.of_expert, index)
         self.tokens = inputs.tokens_per_expert()[index]
         self.starved = self.tokens < MIN_TOKENS
@@ -148,6 +149,8 @@ class _Work:
         statistics = ChannelStatistics(sample.shape[1], sample.device)
         for chunk in [self.sample] if self.starved else self.chunks():
             statistics.update(self._middle(chunk))
+        if not self.starved:  # The sample is the same in all processes.
+            statistics.sum_over(self.processes)
         choice = choose_scale_of_layer(self.expert.down, statistics, sample, candidates)
         rows = rows.to(sample.device)
         weight_view(self.expert.up)[rows] /= choice.scale[:, None]
@@ -201,6 +204,7 @@ class _Work:
         moment = SecondMoment(weight.shape[1], weight.device)
         for chunk in self.chunks():
             update_quantized(moment, reads(chunk), asymmetric)
+        moment.sum_over(self.processes)
         rounded = round_together({"": linear}, moment, self.config.damping, asymmetric)
         if not rounded.modules:
             return nearest(linear, asymmetric), "nearest", rounded.remark

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from haq.processes import Processes
+
 # Damping that had to grow this far makes H close to a multiple of the identity, for which
 # compensation does nothing: rounding to nearest is then the honest name.
 _LARGEST_DAMPING = 1.0
@@ -43,6 +45,11 @@ class SecondMoment:
         rows = inputs.float()
         self._sum.addmm_(rows.T, rows)
         self.tokens += rows.shape[0]
+
+    def sum_over(self, processes: Processes) -> None:
+        """Add what the other processes saw."""
+        processes.sum_(self._sum)
+        self.tokens = sum(processes.counts(self.tokens, self._sum.device))
 
     def mean(self) -> Tensor:
         """H over the number of tokens: float32 ``[K, K]``, all zero if there were none."""

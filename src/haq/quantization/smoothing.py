@@ -23,6 +23,7 @@ from haq.model.blocks import BlockBatch, first_tensor, run_block, token_rows
 from haq.model.experts import Expert, ExpertList, input_matrices
 from haq.model.groups import Group
 from haq.model.linears import bias_view, weight_view
+from haq.processes import Processes
 
 # Exponents alpha of s = a^alpha / w^(1 - alpha). Below 0.3 hardly anything moves.
 _STRENGTHS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -52,6 +53,12 @@ class ChannelStatistics:
         self.maximum = torch.maximum(self.maximum, magnitude.amax(0))
         self._fourth += magnitude.square().square().sum(0)
         self.tokens += inputs.shape[0]
+
+    def sum_over(self, processes: Processes) -> None:
+        """Add what the other processes saw."""
+        processes.max_(self.maximum)
+        processes.sum_(self._fourth)
+        self.tokens = sum(processes.counts(self.tokens, self._fourth.device))
 
     @property
     def p4(self) -> Tensor:

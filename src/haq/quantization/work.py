@@ -17,6 +17,7 @@ from haq.model.linears import weight_view
 from haq.model.routing import RoutedInputs, share_changed
 from haq.model.trace import Watcher, input_rows, observe_calls, observe_inputs
 from haq.nn import Int8Experts, Int8Linear
+from haq.processes import ALONE, Processes
 from haq.quantization.experts import MIN_TOKENS, Errors, quantize_experts
 from haq.quantization.hessian import SecondMoment
 from haq.quantization.layers import (
@@ -45,9 +46,15 @@ class BlockWork:
     """A float32 copy of a block on its way to int8."""
 
     def __init__(
-        self, original: nn.Module, name: str, excluded: frozenset[str], config: QuantizationConfig
+        self,
+        original: nn.Module,
+        name: str,
+        excluded: frozenset[str],
+        config: QuantizationConfig,
+        processes: Processes = ALONE,
     ) -> None:
         self.original = original
+        self.processes = processes
         self.name = name
         self.excluded = excluded
         self.config = config
@@ -97,8 +104,9 @@ class BlockWork:
         """How large each input channel of each group gets, over all calibration tokens."""
         statistics = {g.consumers: ChannelStatistics(*self._input_of(g)) for g in groups}
         watchers = {names[0]: seen.update for names, seen in statistics.items()}
-        observe_inputs(self.block, watchers, _floats(batches))
+        observe_inputs(self.block, watchers, _floats(self.processes.share(batches)))
         for names, seen in statistics.items():
+            seen.sum_over(self.processes)
             if not bool(seen.maximum.isfinite().all()):
                 raise RuntimeError(
                     f"The input of `{self.name}.{names[0]}` is NaN or infinite for a calibration "
@@ -179,7 +187,9 @@ class BlockWork:
         moments = {}
         if self.config.rounding == "hessian":
             moments = {t: SecondMoment(*self._input_of(g)) for g, t in self._targets(groups)}
-        inputs = {n: RoutedInputs(len(e), self.dtype) for n, e in self.experts.items()}
+        inputs = {
+            n: RoutedInputs(len(e), self.dtype, self.processes) for n, e in self.experts.items()
+        }
         watchers: dict[str, Watcher] = {n: seen.watch for n, seen in inputs.items()}
         for names, moment in moments.items():
             asymmetric = names[0] in self.asymmetric
@@ -187,7 +197,9 @@ class BlockWork:
             watchers[names[0]] = input_rows(watch)
         if watchers:
             with installed(self.block, modules):
-                observe_calls(self.block, watchers, _floats(batches))
+                observe_calls(self.block, watchers, _floats(self.processes.share(batches)))
+        for moment in moments.values():
+            moment.sum_over(self.processes)
         return moments, inputs
 
     def round_with_hessian(
