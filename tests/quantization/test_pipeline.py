@@ -814,9 +814,12 @@ PUBLIC = {
     "calibration_batches": haq.quantization.calibration,
     "compare": haq.evaluation,
     "evaluation_tokens": haq.evaluation,
+    "from_pretrained": haq.checkpoint.load,
     "perplexity": haq.evaluation,
     "quantization_report": report_module,
+    "quantize_checkpoint": haq.checkpoint.stream,
     "quantize_model": pipeline,
+    "save_pretrained": haq.checkpoint.save,
     "use_backend": haq.int8.matmul,
 }
 

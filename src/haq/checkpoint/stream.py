@@ -56,10 +56,10 @@ def quantize_checkpoint(
     """Quantize a checkpoint from disk to disk, one decoder block in memory at a time.
 
     The result is what `haq.quantize_model` and `haq.save_pretrained` would make of the model, but
-    for a file for each block. In memory are one block, its statistics, and the embeddings; hidden
-    states of the calibration tokens are on disk. What is done is beside ``output``, in a directory
-    with ``.incomplete`` after its name. Stopped at any point, the same call goes on where it was,
-    and ends with the same bytes; ``output`` appears when it is complete.
+    for a file for each block. In memory are one block, its statistics, and in a mixture what
+    enters its experts; the hidden states between blocks are on disk. What is done is beside
+    ``output``, in a directory with ``.incomplete`` after its name. Stopped at any point, the same
+    call goes on where it was, and ends with the same bytes; ``output`` appears when it is complete.
 
     Started by ``torchrun`` or ``accelerate launch`` as several processes that see the same disk,
     they share the calibration batches out, and the result is that of one up to the order of sums.
