@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -53,7 +54,15 @@ def _reporting_errors(command: Callable[..., None]) -> Callable[..., None]:
     def wrapped(*args: Any, **kwargs: Any) -> None:
         try:
             command(*args, **kwargs)
-        except (OSError, RuntimeError, TypeError, ValueError) as error:
+        # What safetensors raises, and torch without a GPU, is of none of the usual kinds.
+        except (
+            AssertionError,
+            OSError,
+            RuntimeError,
+            SafetensorError,
+            TypeError,
+            ValueError,
+        ) as error:
             for line in (f"haq: {error}", *getattr(error, "__notes__", ())):
                 typer.echo(line, err=True)
             raise typer.Exit(1) from error

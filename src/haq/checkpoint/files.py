@@ -52,6 +52,7 @@ class TensorFiles:
 
     Attributes:
         headers: of every tensor, by its name.
+        paths: of the files.
 
     Raises:
         FileNotFoundError: there is no checkpoint, or a file of its index is missing.
@@ -63,6 +64,7 @@ class TensorFiles:
         self._open: tuple[Path, Any] | None = None
         self.headers: dict[str, Header] = {}
         files = _files(directory) if only is None else {directory / only: None}
+        self.paths = list(files)
         for file, names in files.items():
             self._add(file, names)
 
@@ -134,7 +136,7 @@ def _indexed(directory: Path, index: Path) -> dict[Path, list[str] | None]:
         raise ValueError(f"`{index}` must have a `weight_map` from tensors to files.")
     files: dict[Path, list[str] | None] = {}
     for name, value in weight_map.items():
-        if not isinstance(value, str) or Path(value).name != value:
+        if not isinstance(value, str) or not _is_file_name(value):
             raise ValueError(
                 f"`{index}` must lead to files beside it, but has {value!r} for `{name}`."
             )
@@ -150,6 +152,10 @@ def _indexed(directory: Path, index: Path) -> dict[Path, list[str] | None]:
     return files
 
 
+def _is_file_name(value: str) -> bool:
+    return value not in ("", "..") and "\0" not in value and Path(value).name == value
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
@@ -161,7 +167,7 @@ def read_json(file: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"`{file}` is missing: `{file.parent}` is no complete checkpoint.")
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"`{file}` is damaged: {error}.") from error
     if not isinstance(values, dict):
         raise ValueError(f"`{file}` must hold an object, got {type(values).__name__}.")

@@ -155,9 +155,11 @@ def float_modules(model: nn.Module, pieces: Sequence[Piece], prefix: str = "") -
         prefix: of the names of that part.
     """
     linears = {n for n, m in model.named_modules() if is_linear(m)}
-    named, stored = linears | set(_routers(model)), {piece.parameter for piece in pieces}
+    named, stored = linears | set(routers(model)), {piece.parameter for piece in pieces}
     published = {p.parameter: p.name.removesuffix(".weight") for p in pieces}
     names = {published[f"{n}.weight"] for n in named if f"{n}.weight" in stored}
+    # transformers looks for its own names: the head of GPT-NeoX is published as `embed_out`.
+    names |= {n for n in linears if f"{n}.weight" in stored}
     # A tied head has no tensor of its own.
     head = {n for n in linears if _is_tied_head(model, n)} if not prefix else set()
     return sorted(names | head)
@@ -167,23 +169,6 @@ def _is_tied_head(model: nn.Module, name: str) -> bool:
     """Whether a linear's weight is that of the input embeddings."""
     weight = model.get_parameter(f"{name}.weight")
     return isinstance(model, PreTrainedModel) and weight is model.get_input_embeddings().weight
-
-
-def _routers(model: nn.Module) -> dict[str, nn.Module]:
-    """What stands beside experts, int8 or not, and has no int8 matrix."""
-    found = dict(routers(model))
-    for name, module in model.named_modules():
-        if isinstance(module, Int8Experts):
-            parent = name.rpartition(".")[0]
-            for child, other in model.get_submodule(parent).named_children():
-                matrices = [p for p in other.parameters() if p.dim() >= 2]
-                if other is not module and matrices and not _has_int8(other):
-                    found[f"{parent}.{child}".lstrip(".")] = other
-    return found
-
-
-def _has_int8(module: nn.Module) -> bool:
-    return any(isinstance(part, Int8Linear) for part in module.modules())
 
 
 def quantization_entry(ignore: Sequence[str]) -> dict[str, Any]:

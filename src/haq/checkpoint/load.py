@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -75,22 +76,57 @@ def from_pretrained(
         read_json(folder / "config.json").get("quantization_config"), folder / "config.json"
     )
     files, notes = TensorFiles(folder), _notes(folder)
-    config = AutoConfig.from_pretrained(folder)
+    with _blamed_on(folder / "config.json"):
+        # What a checkpoint brings is data: none of its code is run, nor is anybody asked.
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     del config.quantization_config
-    model = skeleton(model_class(config, folder), config)
-    pieces = published_pieces(model)
-    _put_int8_modules(model, pieces, files, set(notes.get("asymmetric", ())))
+    kind = model_class(config, folder)
+    with _blamed_on(folder / "config.json"):
+        model = skeleton(kind, config)
+        pieces = published_pieces(model)
+    with _blamed_on(folder / HAQ_FILE):
+        report = (
+            QuantizationReport.from_dict(notes["report"])
+            if notes.get("report") is not None
+            else None
+        )
+    generation = _generation_config(folder)
+    asymmetric = set(notes.get("asymmetric", ()))
+    strangers = sorted(asymmetric - _put_int8_modules(model, pieces, files, asymmetric))
+    if strangers:
+        raise ValueError(
+            f"`{folder / HAQ_FILE}` must have int8 layers in `asymmetric`, and `{strangers[0]}` is "
+            "none."
+        )
     stored = stored_tensors(model, pieces)
     check_headers(stored, files, model)
     fill(model, stored, files, torch.device(device), dtype)
     model.tie_weights()
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    if generation is not None:
+        model.generation_config = generation
     model.config.name_or_path = str(folder)
     guard(model)
-    if notes.get("report") is not None:
-        attach_report(model, QuantizationReport.from_dict(notes["report"]))
+    if report is not None:
+        attach_report(model, report)
     return model
+
+
+@contextmanager
+def _blamed_on(file: Path) -> Iterator[None]:
+    """Values that make no sense fail anywhere and with anything: say where they came from."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"`{file}` is damaged: {type(error).__name__}: {error}") from error
+
+
+def _generation_config(folder: Path) -> GenerationConfig | None:
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        return None
+    read_json(file)
+    with _blamed_on(file):
+        return GenerationConfig.from_pretrained(folder)
 
 
 def _notes(folder: Path) -> dict[str, Any]:
@@ -103,6 +139,12 @@ def _notes(folder: Path) -> dict[str, Any]:
         raise ValueError(
             f"`{file}` must have the format {FORMAT_VERSION}, got {notes.get('format')!r}: it is "
             "damaged, or of a newer haq."
+        )
+    names = notes.get("asymmetric")
+    if not isinstance(names, list) or len({str(name) for name in names}) < len(names):
+        raise ValueError(
+            f"`{file}` must have a list of different layers in `asymmetric`, got {names!r}: it is "
+            "damaged."
         )
     return notes
 
@@ -120,9 +162,10 @@ def model_class(config: PretrainedConfig, folder: Path) -> type[PreTrainedModel]
 
 def _put_int8_modules(
     model: PreTrainedModel, pieces: Sequence[Piece], files: TensorFiles, asymmetric: set[str]
-) -> None:
-    """Shapes of int8 modules in the place of what is int8 on disk."""
+) -> set[str]:
+    """Shapes of int8 modules in the place of what is int8 on disk; returns where."""
     by_owner: dict[str, list[Piece]] = {}
+    int8 = set()
     for piece in pieces:
         by_owner.setdefault(piece.parameter.rpartition(".")[0], []).append(piece)
     for owner, owned in by_owner.items():
@@ -130,19 +173,26 @@ def _put_int8_modules(
         matrices = [piece for piece in owned if piece.parameter.endswith(("weight", "_proj"))]
         if is_fused_experts(module) and _is_int8(owner, matrices, files):
             model.set_submodule(owner, _int8_experts(module, owner in asymmetric))
+            int8.add(owner)
         elif is_linear(module) and matrices and _is_int8(owner, matrices, files):
             number, channels = weight_view(module).shape
             has_bias = bias_view(module) is not None
             model.set_submodule(
                 owner, _int8_linear(number, channels, has_bias, owner in asymmetric)
             )
+            int8.add(owner)
+    return int8
 
 
 def _is_int8(owner: str, matrices: Sequence[Piece], files: TensorFiles) -> bool:
-    """Whether a layer is int8 on disk: any of its matrices, for they are all or none."""
+    """Whether a layer is int8 on disk: any of its matrices, for they are all or none.
+
+    One with a scale was to be, whatever its dtype.
+    """
     # Experts that are published in one are each by themselves in this form.
     names = {p.name for p in matrices} | {f"{owner}.0.down_proj.weight"}
-    return any(n in files.headers and files.headers[n].dtype == "I8" for n in names)
+    int8 = {n for n in names if n in files.headers and files.headers[n].dtype == "I8"}
+    return bool(int8) or any(f"{n}_scale" in files.headers for n in names)
 
 
 def _int8_linear(number: int, channels: int, has_bias: bool, asymmetric: bool) -> Int8Linear:
@@ -168,10 +218,9 @@ def check_headers(stored: Sequence[Stored], files: TensorFiles, model: PreTraine
     for tensor in stored:
         header = files.headers.get(tensor.name)
         if header is None:
-            searched = sorted({str(header.file) for header in files.headers.values()})
             raise ValueError(
                 f"The checkpoint must hold `{tensor.name}` for a {type(model).__name__}, and no "
-                f"file of it does: {', '.join(searched)}."
+                f"file of it does: {', '.join(sorted(map(str, files.paths)))}."
             )
         right = header.dtype == "I8" if tensor.int8 else header.is_float
         if not right or header.shape != tensor.shape:
@@ -236,11 +285,23 @@ def _read(tensors: Sequence[Stored], module: nn.Module, files: TensorFiles) -> d
         read = files.read(tensor.name)
         if int8 and not tensor.int8:
             read = read.float()  # Scales and biases of int8 layers are float32 in every model.
+            _check_values(tensor, read, files.headers[tensor.name].file)
         if leaf not in values:
             own = getattr(module, leaf)
             values[leaf] = torch.empty(own.shape, dtype=read.dtype)
         tensor.put(read, values[leaf])
     return values
+
+
+def _check_values(tensor: Stored, values: Tensor, file: Path) -> None:
+    """What an int8 layer would refuse as well, without knowing the name or the file."""
+    right, must = values.isfinite(), "finite"
+    if tensor.key.endswith("weight_scale"):
+        right, must = right & (values > 0), "finite and positive"
+    if not bool(right.all()):
+        raise ValueError(
+            f"`{tensor.name}` in `{file}` must be {must}, got {values[~right][0].item()}."
+        )
 
 
 def _load(module: Int8Linear, owner: str, values: dict[str, Tensor], files: TensorFiles) -> None:

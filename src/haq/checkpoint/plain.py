@@ -1,10 +1,10 @@
 """What `AutoModelForCausalLM.from_pretrained` makes of a directory that haq wrote.
 
-A dense one loads in float, with the package compressed-tensors. With experts `transformers` gives
-up deep inside the merging of their weights, so it is told earlier what to do instead. Its registry
-takes no second quantizer of one name, and after ``import haq`` every checkpoint of
-compressed-tensors has to load as before: so this is the quantizer that was registered, which looks
-for haq's own file first.
+A dense one loads with the package compressed-tensors: weights in float, inputs rounded. With
+experts `transformers` gives up deep inside the merging of their weights, so it is told earlier what
+to do instead. Its registry takes no second quantizer of one name, and after ``import haq`` every
+checkpoint of compressed-tensors has to load as before: so this is the quantizer that was
+registered, which looks for haq's own file first.
 """
 
 from pathlib import Path

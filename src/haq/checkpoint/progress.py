@@ -54,8 +54,9 @@ class Progress:
         self.parts = self._read()
 
     def _begin(self) -> None:
+        if self.model.is_dir():  # Without it, it is finished and only was not removed.
+            self.parts = self._read()
         self.model.mkdir(parents=True, exist_ok=True)
-        self.parts = self._read()
         self._write()
         self._clean()
         self._hidden(len(self.parts)).mkdir(exist_ok=True)
@@ -66,8 +67,9 @@ class Progress:
         if not file.is_file():
             return []
         known = read_json(file)
-        self._check_same(known["job"], len(known["parts"]))
         parts: list[dict[str, Any]] = known["parts"]
+        if parts or not self._processes.first:  # With nothing done there is nothing to lose.
+            self._check_same(known["job"], len(parts))
         return parts
 
     def commit(self, part: dict[str, Any], hidden: Sequence[Tensor], number: int) -> list[Tensor]:
@@ -92,6 +94,8 @@ class Progress:
         self._processes.wait()
         self.parts.append(part)
         if self._processes.first:
+            to_disk(folder)
+            to_disk(self.model)
             self._write()
             self._clean()
         self._processes.wait()
@@ -205,6 +209,7 @@ def finish(folder: Path, output: Path) -> None:
     check_new(output)
     for file in (folder / "model").iterdir():
         to_disk(file)
+    to_disk(folder / "model")
     os.replace(folder / "model", output)
     to_disk(output.parent)
     shutil.rmtree(folder)

@@ -39,7 +39,15 @@ from haq.quantization.report import BlockReport, QuantizationReport
 from haq.quantization.validation import check_weights_finite, checked_batches, checked_structure
 
 # Beside weights and configs, what belongs to a tokenizer.
-_TOKENIZER = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "*.model", "*.jinja")
+_TOKENIZER = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.jinja",
+)
 
 
 @torch.inference_mode(False)
@@ -90,7 +98,7 @@ def quantize_checkpoint(
     config = QuantizationConfig() if config is None else config
     if not isinstance(config, QuantizationConfig):
         raise TypeError(f"`config` must be a QuantizationConfig, got {type(config).__name__}.")
-    folder, target = _local(source), Path(output)
+    folder, target = _local(source), Path(output).absolute()  # "." has no name.
     batches = list(calibration)
     job = _job(folder, batches, config)
     done = _already_done(target, job)
@@ -270,7 +278,8 @@ class _Streamed:
         write_configs(state.model, self.model, dtype, ignore, asymmetric, report, notes)
         for pattern in _TOKENIZER:
             for file in sorted(self.folder.glob(pattern)):
-                shutil.copyfile(file, state.model / file.name)
+                if file.is_file():
+                    shutil.copyfile(file, state.model / file.name)
 
 
 def _belongs(name: str, prefix: str, inside: str) -> bool:
@@ -369,7 +378,8 @@ def _already_done(output: Path, job: dict[str, Any]) -> QuantizationReport | Non
 
 
 def _empty(folder: Path) -> None:
-    for path in folder.iterdir():
+    # Files first: without the progress, what is left of the rest does not count.
+    for path in sorted(folder.iterdir(), key=Path.is_dir):
         if path.is_dir():
             shutil.rmtree(path)
         else:

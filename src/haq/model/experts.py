@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from haq.model.linears import is_linear, linears, weight_view
+from haq.nn import Int8Experts
 
 _UP_NAMES = ("gate_up_proj", "up_proj")
 _DOWN_NAME = "down_proj"
@@ -213,7 +214,8 @@ def routers(block: nn.Module) -> dict[str, nn.Module]:
 
 def _routers(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, experts in block.named_modules():
-        if not is_experts(experts):
+        # Of a block that is int8 already, too: an interrupted model is gone on with.
+        if not is_experts(experts) and not isinstance(experts, Int8Experts):
             continue
         number = _number_of_experts(experts)
         parent = name.rpartition(".")[0]
@@ -226,6 +228,8 @@ def _routers(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _number_of_experts(experts: nn.Module) -> int:
     if isinstance(experts, ExpertList):
         return len(experts)
+    if isinstance(experts, Int8Experts):
+        return experts.num_experts
     return len(experts.get_parameter(_DOWN_NAME))
 
 
