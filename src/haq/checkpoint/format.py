@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from haq.model.experts import routers
+from haq.model.experts import is_fused_experts, routers
 from haq.model.linears import is_linear
 from haq.model.published import Piece
 from haq.nn import Int8Experts, Int8Linear
@@ -160,6 +160,9 @@ def float_modules(model: nn.Module, pieces: Sequence[Piece], prefix: str = "") -
     names = {published[f"{n}.weight"] for n in named if f"{n}.weight" in stored}
     # transformers looks for its own names: the head of GPT-NeoX is published as `embed_out`.
     names |= {n for n in linears if f"{n}.weight" in stored}
+    fused = {n for n, m in model.named_modules() if is_fused_experts(m)}
+    excluded = [p for p in pieces if p.parameter.rpartition(".")[0] in fused]
+    names |= {p.name.removesuffix(".weight") for p in excluded}
     # A tied head has no tensor of its own.
     head = {n for n in linears if _is_tied_head(model, n)} if not prefix else set()
     return sorted(names | head)

@@ -1,6 +1,7 @@
 """`from_pretrained`: a directory to an int8 model, which is never in float."""
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
@@ -82,24 +83,22 @@ def from_pretrained(
     del config.quantization_config
     kind = model_class(config, folder)
     with _blamed_on(folder / "config.json"):
-        model = skeleton(kind, config)
+        with _by_default(dtype):
+            model = skeleton(kind, config)
         pieces = published_pieces(model)
     with _blamed_on(folder / HAQ_FILE):
-        report = (
-            QuantizationReport.from_dict(notes["report"])
-            if notes.get("report") is not None
-            else None
-        )
+        values = notes.get("report")
+        report = None if values is None else QuantizationReport.from_dict(values)
     generation = _generation_config(folder)
     asymmetric = set(notes.get("asymmetric", ()))
-    strangers = sorted(asymmetric - _put_int8_modules(model, pieces, files, asymmetric))
-    if strangers:
-        raise ValueError(
-            f"`{folder / HAQ_FILE}` must have int8 layers in `asymmetric`, and `{strangers[0]}` is "
-            "none."
-        )
+    int8 = _put_int8_modules(model, pieces, files, asymmetric)
     stored = stored_tensors(model, pieces)
     check_headers(stored, files, model)
+    for name in sorted(asymmetric - int8):
+        raise ValueError(
+            f"`{folder / HAQ_FILE}` has `{name}` in `asymmetric`, which is no int8 layer of the "
+            f"model in `{folder / 'config.json'}`: one of them is damaged."
+        )
     fill(model, stored, files, torch.device(device), dtype)
     model.tie_weights()
     if generation is not None:
@@ -109,6 +108,17 @@ def from_pretrained(
     if report is not None:
         attach_report(model, report)
     return model
+
+
+@contextmanager
+def _by_default(dtype: torch.dtype | None) -> Iterator[None]:
+    """Parameters are made in ``dtype``, but for those that the architecture makes in another."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype or before)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @contextmanager
@@ -141,7 +151,8 @@ def _notes(folder: Path) -> dict[str, Any]:
             "damaged, or of a newer haq."
         )
     names = notes.get("asymmetric")
-    if not isinstance(names, list) or len({str(name) for name in names}) < len(names):
+    # Names that are not text drop out of the set as a second one of the same does.
+    if not isinstance(names, list) or len({n for n in names if isinstance(n, str)}) < len(names):
         raise ValueError(
             f"`{file}` must have a list of different layers in `asymmetric`, got {names!r}: it is "
             "damaged."
@@ -151,7 +162,8 @@ def _notes(folder: Path) -> dict[str, Any]:
 
 def model_class(config: PretrainedConfig, folder: Path) -> type[PreTrainedModel]:
     names = config.architectures or []
-    kind = getattr(transformers, names[0], None) if len(names) == 1 else None
+    one = len(names) == 1 and isinstance(names[0], str)
+    kind = getattr(transformers, names[0], None) if one else None
     if not isinstance(kind, type) or not issubclass(kind, PreTrainedModel):
         raise ValueError(
             f"`{folder / 'config.json'}` must name one model class of transformers "
@@ -261,7 +273,8 @@ def fill(
             _load(module, owner, here, files)
         else:
             for name, value in values.items():
-                cast = value if dtype is None else value.to(_kept(model, owner, name) or dtype)
+                own = getattr(module, name).dtype
+                cast = value if dtype is None else value.to(_kept(model, f"{owner}.{name}", own))
                 _set(module, name, cast.to(device))
     files.close()
     model._apply(lambda t: t if t.is_meta else t.to(device))  # Buffers that are not stored.
@@ -315,11 +328,13 @@ def _load(module: Int8Linear, owner: str, values: dict[str, Tensor], files: Tens
         ) from error
 
 
-def _kept(model: PreTrainedModel, owner: str, name: str) -> torch.dtype | None:
-    """Float32 for what the architecture keeps in it whatever the rest is."""
-    kept = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
-    parts = f"{owner}.{name}".split(".")
-    return torch.float32 if any(k in parts or k in f"{owner}.{name}" for k in kept) else None
+def _kept(model: PreTrainedModel, name: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a parameter: float32 for what `transformers` keeps in it, as it says."""
+    kept = set(model._keep_in_fp32_modules_strict or ())
+    if dtype == torch.float16:
+        kept |= set(model._keep_in_fp32_modules or ())
+    matches = (re.search(pattern.replace("*", ".*"), name) for pattern in kept)
+    return torch.float32 if any(matches) else dtype
 
 
 def _set(module: nn.Module, name: str, value: Tensor) -> None:
