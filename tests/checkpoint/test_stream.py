@@ -695,21 +695,31 @@ print(json.dumps(ends))
 
 @pytest.mark.slow
 def test_the_disk_is_full(source: Path, reference: Path, tmp_path: Path) -> None:
-    sizes = sorted(p.stat().st_size for p in reference.iterdir())
-    # From the states before the first block to the largest file of all.
-    limits = sorted({5000, 10000, *(size - 1 for size in sizes if size > 10000)})
-    ends = run_script(FULL_DISK, source, tmp_path, *limits)
-    done = {}
-    for limit in limits:
-        output = tmp_path / str(limit)
-        assert str(limit) in ends, f"{limit} was enough"
-        assert "blocks are done and kept" in ends[str(limit)][2][0]
+    first, block = (
+        (reference / f"model-0000{i}-of-00004.safetensors").stat().st_size for i in (1, 2)
+    )
+    # Where the largest file ends, how many blocks were done before, and what is then not written.
+    cases = {
+        "5000-0": "hidden-0/000000.safetensors",
+        f"{first - 1}-0": "model/model-00001-of-00004.safetensors",
+        "5000-1": "File too large",  # What is done is noted before anything else.
+        f"{block - 1}-1": "model/model-00003-of-00004.safetensors",
+    }
+    for name in cases:
+        if name.endswith("-1"):
+            stop(source, tmp_path / name, 1)
+    ends = run_script(FULL_DISK, source, tmp_path, *cases)
+    assert ends.keys() == cases.keys()
+    for name, message in cases.items():
+        output = tmp_path / name
+        assert message in ends[name][0]
+        if ".safetensors" in message:
+            assert f"{name[-1]} blocks are done and kept in" in ends[name][1][0]
         assert not output.exists()
-        done[limit] = blocks_done(output)
+        assert max(blocks_done(output), 0) == int(name[-1])
         quantize(source, output)
-        assert contents(output) == contents(reference), limit
-        assert not incomplete(output).exists()
-    print(f"blocks done at the end of the disk, by limit: {done}")
+        assert contents(output) == contents(reference)
+    assert names_in(tmp_path) == sorted(cases)
 
 
 KILLS = """
@@ -725,6 +735,8 @@ transformers.MixtralForCausalLM
 os.fsync = lambda descriptor: None  # It is for a loss of power, which a kill is not.
 config = haq.QuantizationConfig(smoothing="none")
 source, folder, number = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+
+haq.quantize_checkpoint(source, folder / "warm", CALIBRATION[:2], config, progress=False)
 
 def start(output):
     child = os.fork()
