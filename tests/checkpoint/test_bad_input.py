@@ -771,6 +771,7 @@ def very_tiny() -> PreTrainedModel:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["tensors", "configuration", "tokenizer"])
 def test_a_full_disk(what: str, tmp_path: Path) -> None:
     checkpoint, parent = tmp_path / "checkpoint", tmp_path / "parent"
