@@ -203,6 +203,7 @@ def measure(shape: dict[str, int], layers: int, *, load: bool) -> dict[str, Any]
         row |= alone(check, source, output, layers)
         if load:
             row["loading"] = alone(time_loading, output)
+    print(f"{layers} layers: {row['seconds']:.0f} s, {row['peak_bytes'] / 1e9:.3f} GB", flush=True)
     return row
 
 
@@ -321,6 +322,7 @@ def main() -> None:
     harness.print_card(__doc__, facts)
     shape = QUICK if quick else REAL
     rows = [measure(shape, layers, load=layers == LAYERS[0]) for layers in LAYERS]
+    print()
     print_memory(rows)
     sizes = [alone(size_of_blocks, model) for model in TRAINED if model.is_dir()]
     print_sizes(sizes)
