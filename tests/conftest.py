@@ -30,6 +30,12 @@ INITIALIZER_RANGE = 0.2
 ModelFactory = Callable[..., PreTrainedModel]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Models as small as these gain nothing from threads, and wait for them on a busy machine."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)

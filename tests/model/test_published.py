@@ -2,7 +2,6 @@
 
 import functools
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,15 +16,6 @@ from tests.architectures import ARCHITECTURES, EXPERTS, HIDDEN, INNER, MIXTURES
 from tests.conftest import ModelFactory
 
 MODELS = ARCHITECTURES | MIXTURES
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Models as small as these gain nothing from threads, and wait for them on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def pieces_of(model: PreTrainedModel) -> list[Piece]:

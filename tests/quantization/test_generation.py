@@ -1,7 +1,5 @@
 """`generate` of int8 models, dense ones and mixtures of experts: every way of decoding."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,15 +10,6 @@ from tests.quantization import test_mixtures, test_pipeline
 from tests.quantization.test_pipeline import logits_of
 
 MODELS = [*ARCHITECTURES, *MIXTURES]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Models as small as these gain nothing from threads, and wait for them on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def quantized(name: str) -> PreTrainedModel:

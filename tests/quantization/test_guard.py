@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,15 +18,6 @@ from tests.architectures import ARCHITECTURES, MIXTURES, token_ids
 
 MODELS = ["opt", "llama", "gpt2", "mixtral"]
 CALIBRATION = [token_ids(2, 24, seed=seed) for seed in range(3)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Models as small as these gain nothing from threads, and wait for them on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def build(name: str) -> PreTrainedModel:

@@ -34,15 +34,6 @@ CALIBRATION = [token_ids(2, 64, seed=seed) for seed in range(4)]
 UNSEEN = token_ids(4, 32, seed=99)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Models as small as these gain nothing from threads, and wait for them on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def config_of(name: str, *exclude: str, **options: object) -> QuantizationConfig:
     return QuantizationConfig(exclude=("lm_head", *EXCLUDE.get(name, ()), *exclude), **options)
 

@@ -9,7 +9,6 @@ import threading
 import types
 import weakref
 from collections import Counter
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -30,15 +29,6 @@ from haq.quantization.report import find_report
 from tests.architectures import ARCHITECTURES, LAYERS, token_ids
 
 CALIBRATION = [token_ids(2, 24, seed=seed) for seed in range(4)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Models as small as these gain nothing from threads, and wait for them on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # How many linear layers one block has.
