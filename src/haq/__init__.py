@@ -5,8 +5,6 @@
 Letters for shapes, everywhere: T tokens, K in-features, N out-features, D hidden size, B batch.
 """
 
-from importlib.metadata import PackageNotFoundError, version
-
 from haq.checkpoint import plain
 from haq.checkpoint.load import from_pretrained
 from haq.checkpoint.save import save_pretrained
@@ -24,6 +22,7 @@ from haq.quantization.report import (
     RoutingReport,
     quantization_report,
 )
+from haq.version import own_version
 
 __all__ = [
     "BlockReport",
@@ -49,7 +48,4 @@ __all__ = [
 
 plain.register()
 
-try:
-    __version__ = version("haq")
-except PackageNotFoundError:  # run from a checkout that is not installed: PYTHONPATH=src
-    __version__ = "0+unknown"
+__version__ = own_version()

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from haq.checkpoint.files import TensorFiles, read_json
+from haq.checkpoint.fill import checked_device
 from haq.checkpoint.format import HAQ_FILE
 from haq.checkpoint.load import from_pretrained
 from haq.checkpoint.stream import quantize_checkpoint
@@ -54,9 +55,8 @@ def _reporting_errors(command: Callable[..., None]) -> Callable[..., None]:
     def wrapped(*args: Any, **kwargs: Any) -> None:
         try:
             command(*args, **kwargs)
-        # What safetensors raises, and torch without a GPU, is of none of the usual kinds.
+        # What safetensors raises is of none of the usual kinds.
         except (
-            AssertionError,
             OSError,
             RuntimeError,
             SafetensorError,
@@ -199,7 +199,7 @@ def _load(name: str, device: str) -> PreTrainedModel:
     if folder.is_dir() and read_json(folder / "config.json").get("quantization_config"):
         return from_pretrained(folder, device=device)
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
-    model.to(device)  # type: ignore[arg-type]
+    model.to(checked_device(device))  # type: ignore[arg-type]
     return model
 
 

@@ -3,7 +3,6 @@
 import functools
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +33,6 @@ from tests.conftest import ModelFactory
 MODELS = ARCHITECTURES | MIXTURES
 CALIBRATION = [token_ids(2, 32, seed=seed) for seed in range(2)]
 UNSEEN = token_ids(2, 20, seed=9) % 64
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Models as small as these gain nothing from threads, and wait for them on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def quantize(name: str, *exclude: str, **options: Any) -> PreTrainedModel:

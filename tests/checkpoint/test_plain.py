@@ -2,7 +2,6 @@
 
 import copy
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,15 +22,6 @@ pytest.importorskip("compressed_tensors")
 METHOD = "compressed-tensors"
 CALIBRATION = [token_ids(2, 32, seed=seed) for seed in range(4)]
 CONFIG = haq.QuantizationConfig(asymmetric_inputs=False)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Models as small as these gain nothing from threads, and wait for them on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import fnmatch
 import functools
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +32,6 @@ MODELS = ARCHITECTURES | MIXTURES
 TRAINED = REPOSITORY / "examples" / "tiny_models"
 CALIBRATION = [token_ids(2, 32, seed=seed) for seed in range(2)]
 UNSEEN = token_ids(2, 20, seed=9)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Models as small as these gain nothing from threads, and wait for them on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def quantize(model: PreTrainedModel, *exclude: str, **options: Any) -> PreTrainedModel:
@@ -219,7 +209,7 @@ def test_a_dtype_to_load_in(name: str, dtype: torch.dtype, tmp_path: Path) -> No
     haq.save_pretrained(quantized(name), tmp_path / "int8")
     loaded = haq.from_pretrained(tmp_path / "int8", dtype=dtype)
 
-    assert loaded.dtype == dtype
+    assert loaded.dtype == loaded.config.dtype == dtype
     expected, floats = floats_of(quantized(name)), floats_of(loaded)
     assert floats.keys() == expected.keys()
     differing = {
@@ -376,3 +366,15 @@ def test_excluded_experts_have_their_published_names(tmp_path: Path) -> None:
     }
     found = {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items() if ".experts." in n}
     assert found == expected
+
+
+@pytest.mark.parametrize("place", [".", "link"])
+def test_an_empty_directory_by_another_name(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    monkeypatch.chdir(tmp_path / "empty" if place == "." else tmp_path)
+    haq.save_pretrained(quantized("llama"), place)
+    loaded = haq.from_pretrained(tmp_path / "empty")
+    assert torch.equal(logits_of(loaded), logits_of(quantized("llama")))

@@ -245,7 +245,12 @@ def _differences(entry: object) -> Iterator[tuple[str, object]]:
             for key in _BINDING:
                 if scheme.get(key) != expected[key]:
                     yield f"{part}.{key} of {name}", scheme.get(key)
-        if group.get("format", "int-quantized") not in (None, "int-quantized"):
+        if isinstance(group, dict) and group.get("output_activations") is not None:
+            yield f"output_activations of {name}", group["output_activations"]
+        if isinstance(group, dict) and group.get("format", "int-quantized") not in (
+            None,
+            "int-quantized",
+        ):
             yield f"format of {name}", group["format"]
     if entry.get("format") not in (None, "int-quantized"):
         yield "format", entry.get("format")

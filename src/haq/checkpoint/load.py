@@ -1,35 +1,25 @@
 """`from_pretrained`: a directory to an int8 model, which is never in float."""
 
 import os
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
-from transformers.utils import logging
 
 from haq.checkpoint.files import TensorFiles, read_json
-from haq.checkpoint.format import (
-    FORMAT_VERSION,
-    HAQ_FILE,
-    Stored,
-    check_entry,
-    stored_tensors,
-)
+from haq.checkpoint.fill import check_headers, checked_device, fill
+from haq.checkpoint.format import FORMAT_VERSION, HAQ_FILE, check_entry, stored_tensors
 from haq.model.experts import Activation, is_fused_experts, unfused_shapes
 from haq.model.linears import bias_view, is_linear, weight_view
-from haq.model.published import Piece, published_pieces, skeleton, tied_names
+from haq.model.published import Piece, published_pieces, skeleton
 from haq.nn import Int8Experts, Int8Linear
 from haq.quantization.guard import guard
 from haq.quantization.report import QuantizationReport, attach_report
-
-logger = logging.get_logger(__name__)
 
 
 def from_pretrained(
@@ -56,8 +46,9 @@ def from_pretrained(
 
     Raises:
         FileNotFoundError: the directory or one of its files is missing.
-        ValueError: something in it is damaged, of another method or does not fit the architecture;
-            the message names the file and the tensor.
+        TypeError: ``dtype`` is no float dtype.
+        ValueError: ``device`` is not there; or something in the directory is damaged, of another
+            method or does not fit the architecture: the message names the file and the tensor.
         NotImplementedError: ``gpu_memory`` was given.
 
     Examples:
@@ -70,6 +61,7 @@ def from_pretrained(
         )
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"`dtype` must be a float dtype such as torch.bfloat16, got {dtype!r}.")
+    place = checked_device(device)
     folder = Path(directory)
     if not folder.is_dir():
         raise FileNotFoundError(f"`{folder}` must be the directory of a checkpoint, and is none.")
@@ -77,15 +69,9 @@ def from_pretrained(
         read_json(folder / "config.json").get("quantization_config"), folder / "config.json"
     )
     files, notes = TensorFiles(folder), _notes(folder)
-    with _blamed_on(folder / "config.json"):
-        # What a checkpoint brings is data: none of its code is run, nor is anybody asked.
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    del config.quantization_config
-    kind = model_class(config, folder)
-    with _blamed_on(folder / "config.json"):
-        with _by_default(dtype):
-            model = skeleton(kind, config)
-        pieces = published_pieces(model)
+    model = float_model(folder, dtype)
+    del model.config.quantization_config
+    pieces = published_pieces(model)
     with _blamed_on(folder / HAQ_FILE):
         values = notes.get("report")
         report = None if values is None else QuantizationReport.from_dict(values)
@@ -99,11 +85,12 @@ def from_pretrained(
             f"`{folder / HAQ_FILE}` has `{name}` in `asymmetric`, which is no int8 layer of the "
             f"model in `{folder / 'config.json'}`: one of them is damaged."
         )
-    fill(model, stored, files, torch.device(device), dtype)
+    fill(model, stored, files, place, dtype)
     model.tie_weights()
     if generation is not None:
         model.generation_config = generation
-    model.config.name_or_path = str(folder)
+    if dtype is not None:
+        model.config.dtype = dtype
     guard(model)
     if report is not None:
         attach_report(model, report)
@@ -127,7 +114,10 @@ def _blamed_on(file: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise ValueError(f"`{file}` is damaged: {type(error).__name__}: {error}") from error
+        raise ValueError(
+            f"`{file}` is damaged, or of another transformers than {transformers.__version__}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def _generation_config(folder: Path) -> GenerationConfig | None:
@@ -160,13 +150,32 @@ def _notes(folder: Path) -> dict[str, Any]:
     return notes
 
 
-def model_class(config: PretrainedConfig, folder: Path) -> type[PreTrainedModel]:
+def float_model(folder: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The float model of a checkpoint's ``config.json``, as `skeleton` makes it.
+
+    Args:
+        folder: of the checkpoint.
+        dtype: of its parameters; the default dtype if None.
+
+    Raises:
+        ValueError: the file is damaged, or names no class of transformers.
+    """
+    file = folder / "config.json"
+    with _blamed_on(file):
+        # What a checkpoint brings is data: none of its code is run, nor is anybody asked.
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    kind = _class_of(config, file)
+    with _blamed_on(file), _by_default(dtype):
+        return skeleton(kind, config)
+
+
+def _class_of(config: PretrainedConfig, file: Path) -> type[PreTrainedModel]:
     names = config.architectures or []
     one = len(names) == 1 and isinstance(names[0], str)
     kind = getattr(transformers, names[0], None) if one else None
     if not isinstance(kind, type) or not issubclass(kind, PreTrainedModel):
         raise ValueError(
-            f"`{folder / 'config.json'}` must name one model class of transformers "
+            f"`{file}` must name one model class of transformers "
             f"{transformers.__version__} in `architectures`, got {names}."
         )
     return kind
@@ -223,122 +232,3 @@ def _int8_experts(experts: nn.Module, asymmetric: bool) -> Int8Experts:
         [_int8_linear(*down, has_bias, asymmetric) for _ in range(number)],
         Activation(experts),
     )
-
-
-def check_headers(stored: Sequence[Stored], files: TensorFiles, model: PreTrainedModel) -> None:
-    """Whether all tensors are there, of the right shape and kind, before any is read."""
-    for tensor in stored:
-        header = files.headers.get(tensor.name)
-        if header is None:
-            raise ValueError(
-                f"The checkpoint must hold `{tensor.name}` for a {type(model).__name__}, and no "
-                f"file of it does: {', '.join(sorted(map(str, files.paths)))}."
-            )
-        right = header.dtype == "I8" if tensor.int8 else header.is_float
-        if not right or header.shape != tensor.shape:
-            raise ValueError(
-                f"`{tensor.name}` in `{header.file}` must be {'int8' if tensor.int8 else 'float'} "
-                f"{list(tensor.shape)}, got {header.dtype} {list(header.shape)}."
-            )
-    known = {tensor.name for tensor in stored} | set(tied_names(model))
-    others = sorted(set(files.headers) - known)
-    points = [name for name in others if name.endswith("zero_point")]
-    if points:
-        raise ValueError(
-            f"`{points[0]}` in `{files.headers[points[0]].file}` is a zero point: haq runs "
-            "symmetric weights only."
-        )
-    if others:
-        logger.warning(
-            f"{len(others)} tensors of the checkpoint belong to nothing in a "
-            f"{type(model).__name__} and were not loaded: {', '.join(others[:5])}"
-            f"{', ...' if len(others) > 5 else ''}."
-        )
-
-
-def fill(
-    model: PreTrainedModel,
-    stored: Sequence[Stored],
-    files: TensorFiles,
-    device: torch.device,
-    dtype: torch.dtype | None,
-) -> None:
-    """Read every tensor to where it belongs, module by module."""
-    owners = groupby(_by_owner(stored), key=lambda tensor: tensor.key.rpartition(".")[0])
-    for owner, tensors in owners:
-        module = model.get_submodule(owner)
-        values = _read(list(tensors), module, files)
-        if isinstance(module, Int8Linear):
-            here = {name: value.to(device) for name, value in values.items()}
-            _load(module, owner, here, files)
-        else:
-            for name, value in values.items():
-                own = getattr(module, name).dtype
-                cast = value if dtype is None else value.to(_kept(model, f"{owner}.{name}", own))
-                _set(module, name, cast.to(device))
-    files.close()
-    model._apply(lambda t: t if t.is_meta else t.to(device))  # Buffers that are not stored.
-
-
-def _by_owner(stored: Sequence[Stored]) -> Iterator[Stored]:
-    """In the order of the first tensor of each module, all of a module together."""
-    by_owner: dict[str, list[Stored]] = {}
-    for tensor in stored:
-        by_owner.setdefault(tensor.key.rpartition(".")[0], []).append(tensor)
-    for tensors in by_owner.values():
-        yield from tensors
-
-
-def _read(tensors: Sequence[Stored], module: nn.Module, files: TensorFiles) -> dict[str, Tensor]:
-    """Values by their name in the module, each with memory of its own."""
-    int8 = isinstance(module, Int8Linear)
-    values: dict[str, Tensor] = {}
-    for tensor in tensors:
-        leaf = tensor.key.rpartition(".")[2]
-        read = files.read(tensor.name)
-        if int8 and not tensor.int8:
-            read = read.float()  # Scales and biases of int8 layers are float32 in every model.
-            _check_values(tensor, read, files.headers[tensor.name].file)
-        if leaf not in values:
-            own = getattr(module, leaf)
-            values[leaf] = torch.empty(own.shape, dtype=read.dtype)
-        tensor.put(read, values[leaf])
-    return values
-
-
-def _check_values(tensor: Stored, values: Tensor, file: Path) -> None:
-    """What an int8 layer would refuse as well, without knowing the name or the file."""
-    right, must = values.isfinite(), "finite"
-    if tensor.key.endswith("weight_scale"):
-        right, must = right & (values > 0), "finite and positive"
-    if not bool(right.all()):
-        raise ValueError(
-            f"`{tensor.name}` in `{file}` must be {must}, got {values[~right][0].item()}."
-        )
-
-
-def _load(module: Int8Linear, owner: str, values: dict[str, Tensor], files: TensorFiles) -> None:
-    """Fill an int8 layer: it checks what it is given."""
-    try:
-        module.load_state_dict(values, strict=True, assign=True)
-    except RuntimeError as error:
-        raise ValueError(
-            f"`{owner}` cannot be loaded from `{next(iter(files.headers.values())).file.parent}`: "
-            f"{error}"
-        ) from error
-
-
-def _kept(model: PreTrainedModel, name: str, dtype: torch.dtype) -> torch.dtype:
-    """The dtype of a parameter: float32 for what `transformers` keeps in it, as it says."""
-    kept = set(model._keep_in_fp32_modules_strict or ())
-    if dtype == torch.float16:
-        kept |= set(model._keep_in_fp32_modules or ())
-    matches = (re.search(pattern.replace("*", ".*"), name) for pattern in kept)
-    return torch.float32 if any(matches) else dtype
-
-
-def _set(module: nn.Module, name: str, value: Tensor) -> None:
-    if name in module._parameters:
-        module._parameters[name] = nn.Parameter(value)
-    else:
-        module._buffers[name] = value

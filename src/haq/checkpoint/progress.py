@@ -5,9 +5,7 @@ files that are finished (``model``), the hidden states that enter the next block
 ``progress.json``, which is replaced in one step: it alone says what counts.
 """
 
-import hashlib
 import itertools
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -59,7 +57,6 @@ class Progress:
         self.model.mkdir(parents=True, exist_ok=True)
         self._write()
         self._clean()
-        self._hidden(len(self.parts)).mkdir(exist_ok=True)
 
     def _read(self) -> list[dict[str, Any]]:
         """What was noted of this job; nothing if it begins."""
@@ -72,24 +69,23 @@ class Progress:
             self._check_same(known["job"], len(parts))
         return parts
 
-    def commit(self, part: dict[str, Any], hidden: Sequence[Tensor], number: int) -> list[Tensor]:
+    def commit(
+        self, part: dict[str, Any], hidden: Sequence[Tensor] | None, number: int
+    ) -> list[Tensor]:
         """A part is done: note it, and keep what enters the next one.
 
         Args:
             part: JSON values.
-            hidden: what enters the next part, for each batch of this process.
+            hidden: what enters the next part, for each batch of this process; None if a `keeper`
+                put it on disk.
             number: of the batches of all processes.
 
         Returns:
             The hidden states of all batches, as they are on disk.
         """
         folder = self._hidden(len(self.parts) + 1)
-        if self._processes.first:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
-        self._processes.wait()
         start = self._processes.slice(number).start
-        for index, tensor in enumerate(hidden):
+        for index, tensor in enumerate(hidden or ()):
             _write_hidden(folder, start + index, tensor)
         self._processes.wait()
         self.parts.append(part)
@@ -114,7 +110,7 @@ class Progress:
             index = next(count)
             if not own.start <= index < own.stop:
                 return tensor[:0]
-            return _write_hidden(self._hidden(0), index, tensor)
+            return _write_hidden(self._hidden(1), index, tensor)
 
         return keep
 
@@ -129,7 +125,7 @@ class Progress:
         to_disk(self._folder)
 
     def _clean(self) -> None:
-        """Remove what an interrupt left: it does not count."""
+        """Remove what an interrupt left, and make room for what enters the next part."""
         for folder in self._folder.glob("hidden-*"):
             if folder != self._hidden(len(self.parts)):
                 shutil.rmtree(folder)
@@ -137,6 +133,7 @@ class Progress:
         for file in self.model.iterdir():
             if file.name not in files:
                 file.unlink()
+        self._hidden(len(self.parts) + 1).mkdir()
 
     def _check_same(self, job: dict[str, Any], done: int) -> None:
         for key, value in self.job.items():
@@ -174,11 +171,6 @@ def to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def digest(values: object) -> str:
-    """SHA-256 of JSON values."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
 @contextmanager
 def only_one(folder: Path) -> Iterator[None]:
     """Refuse to work on a folder on which another process works.
@@ -194,12 +186,13 @@ def only_one(folder: Path) -> Iterator[None]:
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RuntimeError(
+                f"Another process works on `{folder}`. Wait for it, or choose another output."
+            ) from error
         yield
-    except BlockingIOError as error:
-        raise RuntimeError(
-            f"Another process works on `{folder}`. Wait for it, or choose another output."
-        ) from error
     finally:
         os.close(descriptor)
 

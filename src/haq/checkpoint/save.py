@@ -7,7 +7,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -32,6 +31,7 @@ from haq.checkpoint.format import (
 from haq.model.published import published_pieces, skeleton, tied_names
 from haq.nn import Int8Experts, Int8Linear
 from haq.quantization.report import QuantizationReport, find_report
+from haq.version import own_version
 
 
 def save_pretrained(
@@ -53,19 +53,25 @@ def save_pretrained(
         model: what `haq.quantize_model` returned.
         directory: where to; it must not exist, or be empty.
         tokenizer: saved with it, if given.
-        max_shard_size: no file is larger, but for a tensor that is: "5GB", "500MB".
+        max_shard_size: how large the tensors of a file are together, but for one that is larger by
+            itself: "5GB", "500MB".
 
     Raises:
-        TypeError: ``model`` is no model of transformers.
+        TypeError: ``model`` is no model of transformers, or ``tokenizer`` no tokenizer.
         ValueError: it has no int8 layers, or weights on the meta device.
         FileExistsError: the directory holds something, or is a file.
-        OSError: it cannot be written to, or the disk is full. Nothing is left behind.
+        OSError: it cannot be written to, or the disk is full. Nothing of the checkpoint is left
+            behind.
 
     Examples:
         >>> save_pretrained(model, "mixtral-int8", tokenizer)  # doctest: +SKIP
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"`model` must be a `transformers` model, got {type(model).__name__}.")
+    if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
+        raise TypeError(
+            f"`tokenizer` must be a tokenizer of `transformers`, got {type(tokenizer).__name__}."
+        )
     if not any(isinstance(module, Int8Linear) for module in model.modules()):
         raise ValueError(
             f"`model` must be int8, got a {type(model).__name__} in float. Call "
@@ -78,17 +84,18 @@ def save_pretrained(
     _check_ties(model, twin)
     pieces = published_pieces(twin)
     with new_directory(directory) as folder:
-        write_tensors(folder, model, stored_tensors(model, pieces), max_shard_size)
+        # What is small first: what fails there does not cost the time that tensors take.
         ignore, asymmetric = float_modules(model, pieces), sorted(asymmetric_layers(model))
         write_configs(folder, model, model.dtype, ignore, asymmetric, find_report(model))
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+        write_tensors(folder, model, stored_tensors(model, pieces), max_shard_size)
 
 
 @contextmanager
 def new_directory(directory: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary directory beside ``directory`` that takes its place when the block has ended."""
-    target = Path(directory)
+    target = Path(directory).resolve()  # "." has no name, and a link is no directory to replace.
     check_new(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -157,10 +164,7 @@ class _State:
     def _value(self, key: str) -> Tensor:
         # Gate and up are two tensors on disk and one here, which is unpacked once.
         if self._last is None or self._last[0] != key:
-            owner, _, leaf = key.rpartition(".")
-            value = getattr(self._model.get_submodule(owner), leaf)
-            assert isinstance(value, Tensor)
-            self._last = key, value
+            self._last = key, _find(self._model, key)
         return self._last[1]
 
 
@@ -232,14 +236,6 @@ def asymmetric_layers(model: PreTrainedModel) -> Iterator[str]:
                 yield name
 
 
-def own_version() -> str:
-    """haq's own."""
-    try:
-        return version("haq")
-    except PackageNotFoundError:
-        return "unknown"
-
-
 def write_json(file: Path, values: dict[str, Any]) -> None:
     """An object as JSON that people can read, the same bytes for the same values."""
     text = json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False)
@@ -257,7 +253,8 @@ def _check_ties(model: PreTrainedModel, twin: PreTrainedModel) -> None:
             )
 
 
-def _find(model: PreTrainedModel, name: str) -> Tensor:
+def _find(model: nn.Module, name: str) -> Tensor:
+    """A parameter, a buffer, or the weight of an int8 layer, which is neither."""
     owner, _, leaf = name.rpartition(".")
     value = getattr(model.get_submodule(owner), leaf)
     assert isinstance(value, Tensor)

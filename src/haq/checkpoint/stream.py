@@ -1,7 +1,5 @@
 """`quantize_checkpoint`: a model that does not fit into memory, from disk to disk."""
 
-import hashlib
-import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,20 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from huggingface_hub import snapshot_download
 from torch import Tensor, distributed, nn
-from transformers import AutoConfig, GenerationConfig
+from transformers import GenerationConfig
 from transformers.utils import logging
 
 from haq.checkpoint.files import INDEX, TensorFiles, read_json
+from haq.checkpoint.fill import check_headers, checked_device, fill
 from haq.checkpoint.format import HAQ_FILE, float_modules, stored_tensors
-from haq.checkpoint.load import check_headers, fill, model_class
-from haq.checkpoint.progress import Progress, digest, finish, only_one, to_disk
+from haq.checkpoint.job import describe, digest
+from haq.checkpoint.load import float_model
+from haq.checkpoint.progress import Progress, finish, only_one, to_disk
 from haq.checkpoint.save import (
     asymmetric_layers,
     check_new,
-    own_version,
     take_tensors,
     write_configs,
     write_json,
@@ -31,12 +29,17 @@ from haq.checkpoint.save import (
 )
 from haq.config import QuantizationConfig
 from haq.model.blocks import BlockInputs, capture_block_inputs, run_block
-from haq.model.published import Piece, published_pieces, skeleton
+from haq.model.published import Piece, published_pieces
 from haq.processes import Processes
 from haq.quantization.block import quantize_block
 from haq.quantization.pipeline import check_finite, kept_float, names_inside
 from haq.quantization.report import BlockReport, QuantizationReport
-from haq.quantization.validation import check_weights_finite, checked_batches, checked_structure
+from haq.quantization.validation import (
+    check_iterable,
+    check_weights_finite,
+    checked_batches,
+    checked_structure,
+)
 
 # Beside weights and configs, what belongs to a tokenizer.
 _TOKENIZER = (
@@ -98,12 +101,13 @@ def quantize_checkpoint(
     config = QuantizationConfig() if config is None else config
     if not isinstance(config, QuantizationConfig):
         raise TypeError(f"`config` must be a QuantizationConfig, got {type(config).__name__}.")
-    folder, target = _local(source), Path(output).absolute()  # "." has no name.
+    folder, target = _local(source), Path(output).resolve()  # "." has no name.
+    check_iterable(calibration)
     batches = list(calibration)
-    job = _job(folder, batches, config)
+    job = describe(folder, batches, config)
     done = _already_done(target, job)
     incomplete = target.parent / f"{target.name}.incomplete"
-    place = _own(torch.device(device))
+    place = checked_device(_own(device))
     processes = _processes(place, len(batches))
     if done is not None:
         if processes.first:
@@ -118,10 +122,13 @@ def quantize_checkpoint(
             streamed = _Streamed(folder, config, place, processes)
             report = streamed.run(batches, state, progress)
         except BaseException as error:
-            error.add_note(
-                f"haq: {max(len(state.parts) - 1, 0)} blocks are done and kept in `{incomplete}`. "
-                "The same call goes on after them."
-            )
+            if state.parts:
+                error.add_note(
+                    f"haq: {len(state.parts) - 1} blocks are done and kept in `{incomplete}`. The "
+                    "same call goes on after them."
+                )
+            elif processes.first:
+                shutil.rmtree(incomplete, ignore_errors=True)
             raise
         if processes.first:
             finish(incomplete, target)
@@ -142,8 +149,7 @@ class _Streamed:
         self.folder, self.config, self.device = folder, config, device
         self.processes = processes
         self.files = TensorFiles(folder)
-        model_config = AutoConfig.from_pretrained(folder)
-        self.model = skeleton(model_class(model_config, folder), model_config)
+        self.model = float_model(folder)
         self.pieces = published_pieces(self.model)
         self.stored = stored_tensors(self.model, self.pieces)
         check_headers(self.stored, self.files, self.model)
@@ -163,8 +169,7 @@ class _Streamed:
             kept = kept_float(self.model, self.blocks, f"{self.name}.", self.excluded)
             file = self._write(0, "", state)
             notes = self._notes("") | {"file": file, "kept": kept}
-            own = self.processes.share(inputs.hidden)
-            inputs.hidden = state.commit(notes, own, len(inputs.hidden))
+            inputs.hidden = state.commit(notes, None, len(inputs.hidden))
         dtype = self.model.dtype
         self._forget_what_is_around()
         self._quantize_blocks(inputs, state, progress)
@@ -201,28 +206,32 @@ class _Streamed:
         )
         with bar:
             for i in range(len(state.parts) - 1, len(self.blocks)):
-                prefix = f"{self.name}.{i}"
-                self._load(f"{prefix}.")
-                check_weights_finite(self.blocks[i], prefix)
-                inputs.hidden = [hidden.to(self.device) for hidden in inputs.hidden]
-                batches = inputs.of_block(i)
-                block, report = quantize_block(
-                    self.blocks[i],
-                    batches,
-                    self.config,
-                    prefix,
-                    names_inside(self.excluded, prefix),
-                    use_up=True,
-                    processes=self.processes,
-                )
-                self.blocks[i] = block
-                notes = self._notes(f"{prefix}.") | {"report": report.to_dict()}
-                notes["file"] = self._write(i + 1, f"{prefix}.", state)
-                hidden = [run_block(block, batch) for batch in self.processes.share(batches)]
-                check_finite(hidden, prefix)
-                self.blocks[i] = nn.Identity()
-                inputs.hidden = state.commit(notes, hidden, len(batches))
+                self._quantize_block(i, inputs, state)
                 bar.update()
+
+    def _quantize_block(self, i: int, inputs: BlockInputs, state: Progress) -> None:
+        """One block from disk to disk. Nothing of it is held when the next one is read."""
+        prefix = f"{self.name}.{i}"
+        self._load(f"{prefix}.")
+        check_weights_finite(self.blocks[i], prefix)
+        inputs.hidden = [hidden.to(self.device) for hidden in inputs.hidden]
+        batches = inputs.of_block(i)
+        block, report = quantize_block(
+            self.blocks[i],
+            batches,
+            self.config,
+            prefix,
+            names_inside(self.excluded, prefix),
+            use_up=True,
+            processes=self.processes,
+        )
+        self.blocks[i] = block
+        notes = self._notes(f"{prefix}.") | {"report": report.to_dict()}
+        notes["file"] = self._write(i + 1, f"{prefix}.", state)
+        hidden = [run_block(block, batch) for batch in self.processes.share(batches)]
+        check_finite(hidden, prefix)
+        self.blocks[i] = nn.Identity()
+        inputs.hidden = state.commit(notes, hidden, len(batches))
 
     def _load(self, prefix: str) -> None:
         """Fill a block, or with an empty prefix everything around them, from the source."""
@@ -299,10 +308,10 @@ def _processes(device: torch.device, batches: int) -> Processes:
     return processes
 
 
-def _own(device: torch.device) -> torch.device:
+def _own(device: str | torch.device) -> str | torch.device:
     """The GPU of this process, if a launcher started several and none was named."""
     rank = os.environ.get("LOCAL_RANK")
-    if device.type != "cuda" or device.index is not None or rank is None:
+    if str(device) != "cuda" or rank is None:
         return device
     torch.cuda.set_device(int(rank))  # The backend that sums needs to know as well.
     return torch.device("cuda", int(rank))
@@ -326,44 +335,6 @@ def _local(source: str | os.PathLike[str]) -> Path:
             f"{entry.get('quant_method')!r}. Take the original checkpoint."
         )
     return folder
-
-
-def _job(
-    folder: Path, batches: Sequence[Tensor | Mapping[str, Tensor]], config: QuantizationConfig
-) -> dict[str, Any]:
-    """All that the result depends on."""
-    weights = {
-        file.name: [file.stat().st_size, file.stat().st_mtime_ns]
-        for file in sorted(folder.glob("*.safetensors"))
-    }
-    texts = {
-        file.name: hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in sorted(folder.glob("*.json"))
-    }
-    job = {
-        "source": weights | texts,
-        "calibration": _digest_of_batches(batches),
-        "configuration": config.to_dict(),
-        "software": {
-            "haq": own_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-    }
-    values: dict[str, Any] = json.loads(json.dumps(job))  # As it will be read: no tuples.
-    return values
-
-
-def _digest_of_batches(batches: Sequence[Tensor | Mapping[str, Tensor]]) -> str:
-    seen = hashlib.sha256()
-    for batch in batches:
-        tensors = {"input_ids": batch} if isinstance(batch, Tensor) else batch
-        for name in ("input_ids", "attention_mask"):
-            tensor = tensors.get(name) if isinstance(tensors, Mapping) else None
-            if isinstance(tensor, Tensor):
-                seen.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-                seen.update(tensor.cpu().contiguous().numpy().tobytes())
-    return seen.hexdigest()
 
 
 def _already_done(output: Path, job: dict[str, Any]) -> QuantizationReport | None:

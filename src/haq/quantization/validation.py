@@ -53,7 +53,6 @@ def checked_model(
             f"`model` must be a `transformers` model, got {type(model).__name__}. Pass the "
             "`...ForCausalLM` model itself, without a pipeline, an adapter or a compiled wrapper."
         )
-    _check_kind(model)
     _check_placement(model)
     name, blocks, excluded = checked_structure(model, config)
     check_weights_finite(model)
@@ -82,13 +81,7 @@ def checked_batches(
         ValueError: there is no batch or no token, a shape is wrong, an id is not in the vocabulary,
             or a sequence is longer than the model's positions.
     """
-    single = isinstance(calibration, Tensor | Mapping | str)
-    if single or not isinstance(calibration, Iterable):
-        raise TypeError(
-            "`calibration` must be an iterable of batches, got "
-            f"{'a single ' if single else ''}{type(calibration).__name__}. Put batches in a list, "
-            "or make them from text with `haq.calibration_batches(tokenizer, source)`."
-        )
+    check_iterable(calibration)
     batches = [_checked_batch(i, batch, model) for i, batch in enumerate(calibration)]
     if not batches:
         raise ValueError(
@@ -96,6 +89,21 @@ def checked_batches(
             "sequence]. `haq.calibration_batches(tokenizer, source)` makes them from text."
         )
     return batches
+
+
+def check_iterable(calibration: object) -> None:
+    """Refuse a single batch, and what holds none.
+
+    Raises:
+        TypeError: it is no iterable of batches.
+    """
+    single = isinstance(calibration, Tensor | Mapping | str)
+    if single or not isinstance(calibration, Iterable):
+        raise TypeError(
+            "`calibration` must be an iterable of batches, got "
+            f"{'a single ' if single else ''}{type(calibration).__name__}. Put batches in a list, "
+            "or make them from text with `haq.calibration_batches(tokenizer, source)`."
+        )
 
 
 def _checked_batch(
