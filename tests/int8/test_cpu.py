@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from haq.int8 import matmul
+from haq.int8 import cpu, matmul
 
 fixtures_are_constant = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None
@@ -99,3 +99,24 @@ def test_the_stride_of_a_single_row_does_not_matter(
     weight = torch.arange(12, dtype=torch.int8).as_strided((1, 12), (stride, 1))
     product = pack(weight, torch.ones(1, 1)).product(integers)
     torch.testing.assert_close(product, torch.tensor([[506.0]]), rtol=0, atol=0)
+
+
+def test_onednn_makes_few_kernels_however_many_numbers_of_tokens_come(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It keeps the last 1024 kernels, hundreds of kilobytes each, one for every number of rows."""
+    weight = cpu.OneDnnWeight(torch.ones(8, 16, dtype=torch.int8), torch.ones(8, 1))
+    rows, linear = set(), weight._linear
+
+    def note(tokens: Tensor, *arguments: object) -> Tensor:
+        rows.add(len(tokens))
+        result: Tensor = linear(tokens, *arguments)
+        return result
+
+    monkeypatch.setattr(weight, "_linear", note)
+    for number in range(1, 1025):
+        values = torch.arange(float(number)).remainder_(127)[:, None].expand(-1, 16).contiguous()
+        product = weight.product(values.clone())
+        assert torch.equal(product, values[:, :8] * 16)
+        assert max(rows) <= max(32, 1.125 * number)
+    assert len(rows) == 32 + 5 * 8

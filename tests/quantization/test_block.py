@@ -318,7 +318,7 @@ def test_what_became_of_a_difficult_hessian_is_noted(
     note: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def difficult(hessian: Tensor, damping: float) -> InverseFactor | None:
+    def difficult(hessian: Tensor, damping: float, **_: bool) -> InverseFactor | None:
         # Only the Hessian of `down` is.
         if len(hessian) == HIDDEN:
             return InverseFactor(torch.eye(HIDDEN), damping, 0.0)

@@ -1,5 +1,6 @@
 """Experts one after the other, and linears together, from float to int8: against float64."""
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -301,7 +302,7 @@ def smoothed(
     original = experts_module._Work.finish
 
     def finish(work: Any, *arguments: Any) -> list[ExpertLayer]:
-        finished.append(work.expert)
+        finished.append(copy.deepcopy(work.expert))  # It is used up.
         return original(work, *arguments)
 
     with monkeypatch.context() as patch:
@@ -444,7 +445,7 @@ def test_an_expert_with_too_few_tokens_is_smoothed_by_what_all_read(count: int) 
             "its input was zero for every token: rounded to nearest",
         ),
         (
-            lambda hidden, patch: patch.setattr(layers_module, "inverse_factor", lambda *_: None),
+            lambda _, patch: patch.setattr(layers_module, "inverse_factor", lambda *_, **__: None),
             "its Hessian could not be factored: rounded to nearest",
         ),
     ],
@@ -518,7 +519,7 @@ def test_inputs_of_zero_leave_nothing_to_round_with() -> None:
 def test_a_hessian_without_factor_leaves_nothing_to_round_with(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(layers_module, "inverse_factor", lambda *_: None)
+    monkeypatch.setattr(layers_module, "inverse_factor", lambda *_, **__: None)
     rounded = round_together(linears_of(), moment_of(correlated_inputs(50, HIDDEN, 1)), DAMPING)
     assert rounded.modules == {}
     assert rounded.remark == "its Hessian could not be factored: rounded to nearest"
@@ -535,7 +536,8 @@ def test_a_hessian_without_factor_leaves_nothing_to_round_with(
 def test_more_damping_than_asked_for_is_noted(
     damping: float, floor: float, remark: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def factor(hessian: Tensor, asked: float) -> InverseFactor:
+    def factor(hessian: Tensor, asked: float, *, use_up: bool) -> InverseFactor:
+        assert use_up
         assert asked == DAMPING
         return InverseFactor(inverse_factor(hessian, damping).upper, damping, floor)
 

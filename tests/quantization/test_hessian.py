@@ -206,3 +206,17 @@ def test_the_matrix_is_left_alone_whatever_became_of_it(hessian: Tensor) -> None
     torch.testing.assert_close(hessian, before, rtol=0, atol=0, equal_nan=True)
     if factor is not None:
         assert factor.upper.data_ptr() != hessian.data_ptr()
+
+
+def test_a_hessian_that_is_used_up_gives_its_memory_back_and_the_same_factor() -> None:
+    rng = np.random.default_rng(5)
+    inputs = torch.from_numpy(rng.normal(size=(100, 12)))
+    hessian = inputs.T @ inputs
+    kept, given = hessian.clone(), hessian.clone()
+    expected = inverse_factor(kept, 0.01)
+    factor = inverse_factor(given, 0.01, use_up=True)
+    assert factor is not None
+    assert expected is not None
+    assert torch.equal(factor.upper, expected.upper)
+    assert torch.equal(kept, hessian)
+    assert given.untyped_storage().nbytes() == 0

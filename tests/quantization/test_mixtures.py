@@ -282,7 +282,7 @@ def folded_block(
             works.append(self)
 
     def finish(work: Any, *arguments: Any) -> object:
-        finished.append((work.experts_of, work.expert))
+        finished.append((work.experts_of, copy.deepcopy(work.expert)))  # It is used up.
         return original(work, *arguments)
 
     original = experts_module._Work.finish

@@ -28,6 +28,7 @@ from haq.checkpoint.save import (
     write_safetensors,
 )
 from haq.config import QuantizationConfig
+from haq.memory import give_back
 from haq.model.blocks import BlockInputs, capture_block_inputs, run_block
 from haq.model.published import Piece, published_pieces
 from haq.processes import Processes
@@ -212,6 +213,7 @@ class _Streamed:
     def _quantize_block(self, i: int, inputs: BlockInputs, state: Progress) -> None:
         """One block from disk to disk. Nothing of it is held when the next one is read."""
         prefix = f"{self.name}.{i}"
+        give_back()
         self._load(f"{prefix}.")
         check_weights_finite(self.blocks[i], prefix)
         inputs.hidden = [hidden.to(self.device) for hidden in inputs.hidden]

@@ -51,8 +51,18 @@ class FbgemmWeight:
         return integers
 
 
+# Numbers of rows that a oneDNN product is made for: all up to here, then eighths of an octave.
+_EXACT_ROWS = 32
+_STEPS_PER_OCTAVE = 8
+
+
 class OneDnnWeight:
-    """A weight in oneDNN's layout."""
+    """A weight in oneDNN's layout.
+
+    oneDNN compiles a kernel for every number of rows that comes, and keeps the last 1024 of them:
+    300 KB each for a weight of [7168, 1024], so that prompts of many lengths cost more memory than
+    the weight. Rows are therefore filled up to one of a few numbers.
+    """
 
     backend = "onednn"
 
@@ -63,8 +73,11 @@ class OneDnnWeight:
         self._linear = torch.ops.onednn.qlinear_pointwise.default
 
     def product(self, rounded: Tensor) -> Tensor:
+        tokens = len(rounded)
+        integers = rounded.new_empty(_filled_up(tokens), rounded.shape[1], dtype=torch.int8)
+        integers[:tokens] = rounded  # What is in the rows below changes nothing in these.
         product: Tensor = self._linear(
-            rounded.to(torch.int8).bitwise_xor_(-_ZERO_POINT).view(torch.uint8),  # q + 128
+            integers.bitwise_xor_(-_ZERO_POINT).view(torch.uint8),  # q + 128
             1.0,  # scale and zero point of the input
             _ZERO_POINT,
             self._packed,
@@ -78,11 +91,24 @@ class OneDnnWeight:
             [],
             "",
         )
-        return product
+        return product[:tokens]
 
     def unpack(self) -> Tensor:
         transposed: Tensor = self._packed.to_dense()  # [K, N] int8
         return transposed.t().contiguous()
+
+
+def _filled_up(rows: int) -> int:
+    """The number of rows, at most an eighth larger, that a product is made for.
+
+    Examples:
+        >>> [_filled_up(rows) for rows in (1, 32, 33, 512, 513)]
+        [1, 32, 36, 512, 576]
+    """
+    if rows <= _EXACT_ROWS:
+        return rows
+    step = (1 << (rows - 1).bit_length() - 1) // _STEPS_PER_OCTAVE
+    return -(-rows // step) * step
 
 
 def pack_for_int_mm(weight: Tensor, scale: Tensor) -> PlainWeight:

@@ -34,10 +34,20 @@ def row_scale(values: Tensor) -> Tensor:
         tensor([[0.0200],
                 [1.0000]])
     """
-    # Two passes, and yet 15 times faster than the infinity norm, which torch does not vectorize.
-    largest = values.abs().amax(-1, keepdim=True)
-    scale = largest.float() / QMAX
+    scale = largest_magnitude(values, -1).float() / QMAX
     return torch.where(scale < SMALLEST_SCALE, 1.0, scale)
+
+
+def largest_magnitude(values: Tensor, dim: int) -> Tensor:
+    """The largest ``|x|`` along a dimension, which is kept; NaN where there is one.
+
+    Examples:
+        >>> largest_magnitude(torch.tensor([[0.5, -2.0], [1.0, 0.0]]), 0)
+        tensor([[1., 2.]])
+    """
+    # Two passes that write nothing of the size of the weight. The infinity norm and `aminmax` would
+    # be one, but torch does not vectorize them: they are 10 to 15 times slower.
+    return torch.maximum(values.amin(dim, keepdim=True).neg_(), values.amax(dim, keepdim=True))
 
 
 def quantize(values: Tensor, scale: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from haq.config import QuantizationConfig
+from haq.memory import give_back
 from haq.model.blocks import BlockBatch
 from haq.model.groups import find_groups
 from haq.nn import Int8Experts, Int8Linear
@@ -45,6 +46,7 @@ def quantize_block(
     work = BlockWork(block, name, excluded, config, processes)
     if use_up:
         block.to("meta")  # Names and dtypes are still read.
+    give_back()
     some = _evenly_spread(batches, config.search_tokens)
     sample = [batch.float() for batch in some]
     groups = find_groups(work.block, sample[0])
@@ -55,9 +57,11 @@ def quantize_block(
 
     statistics = work.channel_statistics(groups, batches)
     for group in groups:
+        give_back()
         work.smooth(group, statistics[group.consumers], sample)
 
     work.choose_zero_points(groups, sample)
+    give_back()
     modules = work.round_to_nearest()
     moments, inputs = work.observe_int8(groups, modules, batches)
     modules |= work.round_with_hessian(groups, moments)

@@ -13,6 +13,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from haq.config import QuantizationConfig
+from haq.memory import give_back
 from haq.model.experts import ExpertList
 from haq.model.linears import bias_view, weight_view
 from haq.model.producers import rescalable_rows
@@ -72,7 +73,7 @@ def nearest_errors(
     """
     # Not a list: each of them has a sample of the inputs.
     works = (_Work(experts, index, inputs, config) for index in range(len(experts)))
-    return [work.errors(nearest(work.expert.up), nearest(work.expert.down)) for work in works]
+    return [work.nearest_errors() for work in works]
 
 
 def quantize_experts(
@@ -135,16 +136,18 @@ class _Work:
         limit = config.search_tokens
         self.sample = inputs.of_any(limit) if self.starved else inputs.some_of(index, limit)
 
-    def errors(self, up: Int8Linear, down: Int8Linear) -> Errors:
-        """What the outputs of both int8 linears lose on the sample, each on its exact input."""
-        middle = self._middle(self.sample)
+    def nearest_errors(self) -> Errors:
+        """What the outputs lose on the sample, each on its exact input, rounded to nearest."""
+        give_back()
+        up, down = self.expert.up, self.expert.down
         return (
-            output_error(self.expert.up, up, self.sample),
-            output_error(self.expert.down, down, middle),
+            output_error(up, nearest(up), self.sample),
+            output_error(down, nearest(down), self._middle(self.sample)),
         )
 
     def smooth(self, rows: Tensor, candidates: Sequence[Candidate]) -> str:
         """Fold a scale from the second linear into the rows of the first; its name."""
+        give_back()
         sample = self._middle(self.sample)
         statistics = ChannelStatistics(sample.shape[1], sample.device)
         for chunk in [self.sample] if self.starved else self.chunks():
@@ -168,16 +171,21 @@ class _Work:
 
     def finish(self, smoothing: str, asymmetric: bool) -> list[ExpertLayer]:
         """Round both linears, the second one's input symmetrically or not."""
+        give_back()
         up, up_rounding, up_remark = self._round(self.expert.up, lambda inputs: inputs)
+        up_error = output_error(self.expert.up, up, self.sample)
+        middle = self._middle(self.sample)
+        self.expert.up.to("meta")  # Room for the Hessian of the other one, the largest there is.
+        give_back()
         down, down_rounding, down_remark = self._round(
             self.expert.down, lambda inputs: self.activation(up(inputs)), asymmetric
         )
-        errors = self.errors(up, down)
+        down_error = output_error(self.expert.down, down, middle)
         name = self.expert.up_name
         return [
-            ExpertLayer(name, up, None, up_rounding, self.tokens, errors[0], up_remark),
+            ExpertLayer(name, up, None, up_rounding, self.tokens, up_error, up_remark),
             ExpertLayer(
-                "down_proj", down, smoothing, down_rounding, self.tokens, errors[1], down_remark
+                "down_proj", down, smoothing, down_rounding, self.tokens, down_error, down_remark
             ),
         ]
 

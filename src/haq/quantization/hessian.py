@@ -83,7 +83,9 @@ class InverseFactor:
     floor: float
 
 
-def inverse_factor(hessian: Tensor, damping: float) -> InverseFactor | None:
+def inverse_factor(
+    hessian: Tensor, damping: float, *, use_up: bool = False
+) -> InverseFactor | None:
     """Factor the inverse of the damped Hessian; add damping until it works.
 
     Damping grows tenfold up to the mean diagonal, then small diagonal entries are raised. A channel
@@ -93,6 +95,7 @@ def inverse_factor(hessian: Tensor, damping: float) -> InverseFactor | None:
     Args:
         hessian: ``[K, K]`` float32 or float64, symmetric, finite; unchanged.
         damping: fraction of the mean diagonal to start with, positive.
+        use_up: give the memory of ``hessian`` back as soon as it is factored.
 
     Returns:
         The factor, or None if nothing made the matrix positive definite.
@@ -109,9 +112,11 @@ def inverse_factor(hessian: Tensor, damping: float) -> InverseFactor | None:
     attempts += [(_LARGEST_DAMPING, floor) for floor in _DIAGONAL_FLOORS]
     for level, floor in attempts:
         raised = diagonal.clamp(min=floor * diagonal.max()) + level * mean
-        upper = _factor_of_inverse(hessian, torch.where(dead, 1.0, raised))
-        if upper is not None:
-            return InverseFactor(upper, level, floor)
+        root = _reversed_root(hessian, torch.where(dead, 1.0, raised))
+        if root is not None:
+            if use_up:
+                hessian.untyped_storage().resize_(0)
+            return InverseFactor(_inverse_of_reversed(root), level, floor)
     return None
 
 
@@ -122,21 +127,25 @@ def _damping_levels(first: float) -> list[float]:
     return levels
 
 
-def _factor_of_inverse(matrix: Tensor, diagonal: Tensor) -> Tensor | None:
-    """U with ``M ^ -1 = U^T U``, or None if M, ``matrix`` with another diagonal, is not positive.
+# ``M = R R^T`` with R upper triangular is a Cholesky factorization from the last row up, and U with
+# ``M ^ -1 = U^T U`` is the inverse of R. With J, which reverses the order, that is the usual one,
+# ``J M J = L L^T``, with ``R = J L J``, so ``U = J L^-1 J``. The inverse of M itself, the less
+# accurate way, is never formed. In memory are at most two matrices at a time, the one that is given
+# among them if it is used up: for an expert of Mixtral each takes 822 MB.
 
-    ``M = R R^T`` with R upper triangular is a Cholesky factorization from the last row up, and U is
-    the inverse of R. The inverse of M itself, the less accurate way, is never formed. In memory are
-    at most two matrices beside the one that is given: for an expert each has hundreds of megabytes.
-    """
-    reversed_rows = matrix.flip(0, 1)
-    reversed_rows.diagonal().copy_(diagonal.flip(0))
+
+def _reversed_root(matrix: Tensor, diagonal: Tensor) -> Tensor | None:
+    """L of ``matrix`` with another diagonal, or None if that is not positive definite."""
+    reversed_ = matrix.flip(0, 1)
+    reversed_.diagonal().copy_(diagonal.flip(0))
     info = torch.empty(0, dtype=torch.int32, device=matrix.device)
-    lower, failed = torch.linalg.cholesky_ex(reversed_rows, out=(reversed_rows, info))
-    if failed or not bool(lower.isfinite().all()):
-        return None
-    factor = lower.flip(0, 1)
-    del reversed_rows, lower
-    upper = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-    torch.linalg.solve_triangular(factor, upper, upper=True, out=upper)
-    return upper
+    lower, failed = torch.linalg.cholesky_ex(reversed_, out=(reversed_, info))
+    return None if failed or not bool(lower.isfinite().all()) else lower
+
+
+def _inverse_of_reversed(lower: Tensor) -> Tensor:
+    """``J L^-1 J``. ``lower`` is used up."""
+    inverse = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+    torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+    lower.untyped_storage().resize_(0)
+    return inverse.flip(0, 1)

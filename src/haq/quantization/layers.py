@@ -55,10 +55,9 @@ def round_together(
     hessian = moment.take_mean()
     if not bool(hessian.diagonal().any()):
         return Rounded(remark="its input was zero for every token: rounded to nearest")
-    factor = inverse_factor(hessian, damping)
+    factor = inverse_factor(hessian, damping, use_up=True)
     if factor is None:
         return Rounded(remark="its Hessian could not be factored: rounded to nearest")
-    del hessian
     weights = [weight_view(linear) for linear in linears.values()]
     stacked = weights[0] if len(weights) == 1 else torch.cat(weights)
     scale = grid.row_scale(stacked)

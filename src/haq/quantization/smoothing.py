@@ -165,7 +165,7 @@ def _group_scale(
     """A candidate's s with equal values wherever channels share a row of the producer."""
     assert group.producer is not None
     matrices = [m for n in group.consumers for m in input_matrices(block.get_submodule(n))]
-    weight = torch.stack([matrix.abs().amax(0) for matrix in matrices]).amax(0)
+    weight = torch.cat([grid.largest_magnitude(matrix, 0) for matrix in matrices]).amax(0)
     scale = candidate_scale(candidate, statistics, weight)
     return _largest_of_each_row(scale, group.producer.rows)
 
@@ -187,7 +187,7 @@ def choose_scale_of_layer(
     Returns:
         The best candidate and its scale.
     """
-    weight = weight_view(linear).abs().amax(0)
+    weight = grid.largest_magnitude(weight_view(linear), 0)[0]
     options = [Choice(candidate_scale(c, statistics, weight), c) for c in candidates]
     if len(options) == 1:
         return options[0]
