@@ -51,9 +51,10 @@ class FbgemmWeight:
         return integers
 
 
-# Numbers of rows that a oneDNN product is made for: all up to here, then eighths of an octave.
-_EXACT_ROWS = 32
-_STEPS_PER_OCTAVE = 8
+# Numbers of rows that a oneDNN product is made for: all up to 8, then quarters of an octave, and
+# eighths where more rows mean more time.
+_EXACT_ROWS = 8
+_FEW_ROWS = 128
 
 
 class OneDnnWeight:
@@ -99,15 +100,15 @@ class OneDnnWeight:
 
 
 def _filled_up(rows: int) -> int:
-    """The number of rows, at most an eighth larger, that a product is made for.
+    """The number of rows that a product is made for.
 
     Examples:
-        >>> [_filled_up(rows) for rows in (1, 32, 33, 512, 513)]
-        [1, 32, 36, 512, 576]
+        >>> [_filled_up(rows) for rows in (1, 16, 17, 33, 128, 129, 512, 513)]
+        [1, 16, 20, 40, 128, 144, 512, 576]
     """
     if rows <= _EXACT_ROWS:
         return rows
-    step = (1 << (rows - 1).bit_length() - 1) // _STEPS_PER_OCTAVE
+    step = (1 << (rows - 1).bit_length() - 1) // (4 if rows <= _FEW_ROWS else 8)
     return -(-rows // step) * step
 
 

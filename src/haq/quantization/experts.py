@@ -165,18 +165,17 @@ class _Work:
 
     def input_errors(self) -> InputErrors:
         """What rounding the input of the second linear costs, in both ways."""
+        give_back()
         errors = InputErrors([self.expert.down])
         errors.update(self._middle(self.sample))
         return errors
 
     def finish(self, smoothing: str, asymmetric: bool) -> list[ExpertLayer]:
         """Round both linears, the second one's input symmetrically or not."""
-        give_back()
         up, up_rounding, up_remark = self._round(self.expert.up, lambda inputs: inputs)
         up_error = output_error(self.expert.up, up, self.sample)
         middle = self._middle(self.sample)
         self.expert.up.to("meta")  # Room for the Hessian of the other one, the largest there is.
-        give_back()
         down, down_rounding, down_remark = self._round(
             self.expert.down, lambda inputs: self.activation(up(inputs)), asymmetric
         )
@@ -208,6 +207,7 @@ class _Work:
         if self.starved:
             few = f"{self.tokens} calibration tokens chose this expert: rounded to nearest"
             return nearest(linear, asymmetric), "nearest", few
+        give_back()
         weight = weight_view(linear)
         moment = SecondMoment(weight.shape[1], weight.device)
         for chunk in self.chunks():

@@ -136,11 +136,14 @@ def _damping_levels(first: float) -> list[float]:
 
 def _reversed_root(matrix: Tensor, diagonal: Tensor) -> Tensor | None:
     """L of ``matrix`` with another diagonal, or None if that is not positive definite."""
-    reversed_ = matrix.flip(0, 1)
+    # Transposed, which changes nothing else, it is column by column: LAPACK need not copy it.
+    reversed_ = matrix.flip(0, 1).mT
     reversed_.diagonal().copy_(diagonal.flip(0))
     info = torch.empty(0, dtype=torch.int32, device=matrix.device)
     lower, failed = torch.linalg.cholesky_ex(reversed_, out=(reversed_, info))
-    return None if failed or not bool(lower.isfinite().all()) else lower
+    # Both ends are NaN where there is one; `isfinite` of all would take another matrix.
+    finite = bool(lower.amin().isfinite()) and bool(lower.amax().isfinite())
+    return lower if finite and not failed else None
 
 
 def _inverse_of_reversed(lower: Tensor) -> Tensor:
