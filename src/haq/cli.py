@@ -18,11 +18,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from haq.checkpoint.files import TensorFiles, read_json
-from haq.checkpoint.fill import checked_device
 from haq.checkpoint.format import HAQ_FILE
 from haq.checkpoint.load import from_pretrained
 from haq.checkpoint.stream import quantize_checkpoint
 from haq.config import QuantizationConfig
+from haq.devices import checked_device
 from haq.evaluation import compare, evaluation_tokens, perplexity
 from haq.quantization.calibration import calibration_batches
 from haq.quantization.report import QuantizationReport

@@ -6,6 +6,8 @@ from typing import Any, Literal, get_args
 
 Smoothing = Literal["search", "fixed", "none"]
 Rounding = Literal["hessian", "nearest"]
+Placement = Literal["latency", "path", "popularity", "uniform"]
+Cold = Literal["auto", "cpu", "gpu"]
 
 
 @dataclass(frozen=True)
@@ -66,10 +68,7 @@ class QuantizationConfig:
             )
         # JSON has no tuples; a list that was read back must equal what was written.
         object.__setattr__(self, "exclude", tuple(self.exclude))
-        if isinstance(self.search_tokens, bool) or not isinstance(self.search_tokens, int):
-            raise TypeError(f"`search_tokens` must be an integer, got {self.search_tokens!r}.")
-        if self.search_tokens < 1:
-            raise ValueError(f"`search_tokens` must be at least 1, got {self.search_tokens}.")
+        _check_count("search_tokens", self.search_tokens, 1)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for `json.dumps`.
@@ -87,11 +86,94 @@ class QuantizationConfig:
         Raises:
             ValueError: a key is not an option; the message lists the options there are.
         """
-        known = [field.name for field in fields(cls)]
-        unknown = sorted(set(values) - set(known))
-        if unknown:
-            raise ValueError(f"Unknown option {unknown[0]!r}. The options are {', '.join(known)}.")
+        _check_known(values, [field.name for field in fields(cls)])
         return cls(**values)
+
+
+@dataclass(frozen=True)
+class OffloadConfig:
+    """How `ExpertOffloader` works.
+
+    Attributes:
+        placement: which experts stay on the GPU. "latency" minimises the expected time of a token
+            under the measured costs; "path" covers the most travelled paths from layer to layer,
+            then the layers that are covered least (arXiv 2508.07329); "popularity" takes the
+            experts that are chosen most, "uniform" as many in every layer.
+        prefetch: bring experts that are likely to be chosen in the next layers to the GPU before
+            they are, where the costs say that it pays.
+        spare_slots: room on the GPU for experts that come and go: those prefetched, and in a prompt
+            those with so many tokens that bringing them pays. At least 1, unless ``cold`` is "cpu".
+        cold: where experts run that are not on the GPU: "cpu", or "gpu", which brings every one of
+            them and gives the very bits of a model that is on the GPU as a whole, or, by the
+            costs, whichever is faster.
+        batch_size: sequences that are generated at a time; memory is reserved for their keys and
+            values. Beams count.
+        max_length: tokens of a sequence, prompt and answer, likewise.
+        pinned_memory: bytes of the CPU's memory that copies to the GPU may be made from without
+            waiting, "2GiB" or a number; 0 for none. Int8 weights have a second copy there.
+
+    Raises:
+        ValueError: an option is unknown or a number is out of range.
+        TypeError: an attribute has the wrong type.
+
+    Examples:
+        >>> OffloadConfig(placement="path").spare_slots
+        2
+    """
+
+    placement: Placement = "latency"
+    prefetch: bool = True
+    spare_slots: int = 2
+    cold: Cold = "auto"
+    batch_size: int = 1
+    max_length: int = 4096
+    pinned_memory: str | int = "2GiB"
+
+    def __post_init__(self) -> None:
+        _check_choice("placement", self.placement, get_args(Placement))
+        _check_choice("cold", self.cold, get_args(Cold))
+        if not isinstance(self.prefetch, bool):
+            raise TypeError(f"`prefetch` must be True or False, got {self.prefetch!r}.")
+        _check_count("spare_slots", self.spare_slots, 0 if self.cold == "cpu" else 1)
+        _check_count("batch_size", self.batch_size, 1)
+        _check_count("max_length", self.max_length, 1)
+        if isinstance(self.pinned_memory, bool) or not isinstance(self.pinned_memory, str | int):
+            raise TypeError(
+                f'`pinned_memory` must be a string such as "2GiB" or a number of bytes, got '
+                f"{self.pinned_memory!r}."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for `json.dumps`.
+
+        Examples:
+            >>> OffloadConfig().to_dict()["placement"]
+            'latency'
+        """
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "OffloadConfig":
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: a key is not an option; the message lists the options there are.
+        """
+        _check_known(values, [field.name for field in fields(cls)])
+        return cls(**values)
+
+
+def _check_known(values: dict[str, Any], known: list[str]) -> None:
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ValueError(f"Unknown option {unknown[0]!r}. The options are {', '.join(known)}.")
+
+
+def _check_count(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"`{name}` must be an integer, got {value!r}.")
+    if value < least:
+        raise ValueError(f"`{name}` must be at least {least}, got {value}.")
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -12,12 +12,15 @@ from torch import nn
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from haq.checkpoint.files import TensorFiles, read_json
-from haq.checkpoint.fill import check_headers, checked_device, fill
+from haq.checkpoint.fill import check_headers, fill
 from haq.checkpoint.format import FORMAT_VERSION, HAQ_FILE, check_entry, stored_tensors
+from haq.devices import checked_device
 from haq.model.experts import Activation, is_fused_experts, unfused_shapes
 from haq.model.linears import bias_view, is_linear, weight_view
 from haq.model.published import Piece, published_pieces, skeleton
 from haq.nn import Int8Experts, Int8Linear
+from haq.offload.budget import parse_memory
+from haq.offload.offloader import ExpertOffloader
 from haq.quantization.guard import guard
 from haq.quantization.report import QuantizationReport, attach_report
 
@@ -25,7 +28,7 @@ from haq.quantization.report import QuantizationReport, attach_report
 def from_pretrained(
     directory: str | os.PathLike[str],
     *,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
     gpu_memory: str | int | None = None,
     dtype: torch.dtype | None = None,
 ) -> PreTrainedModel:
@@ -37,8 +40,10 @@ def from_pretrained(
 
     Args:
         directory: of the checkpoint.
-        device: where the model goes.
-        gpu_memory: reserved for a model in two tiers of memory; not there yet.
+        device: where the model goes: the CPU if None, the GPU if None with ``gpu_memory``.
+        gpu_memory: for a mixture of experts, what it may use of the GPU: "16GiB" or a number of
+            bytes. The model comes with an `ExpertOffloader` attached, which `haq.find_offloader`
+            gives; experts that do not fit are computed on the CPU.
         dtype: of what is float; as it was saved if None.
 
     Returns:
@@ -47,21 +52,20 @@ def from_pretrained(
     Raises:
         FileNotFoundError: the directory or one of its files is missing.
         TypeError: ``dtype`` is no float dtype.
-        ValueError: ``device`` is not there; or something in the directory is damaged, of another
+        ValueError: ``device`` is not there; ``gpu_memory`` is too small, or the model has no
+            experts; or something in the directory is damaged, of another
             method or does not fit the architecture: the message names the file and the tensor.
-        NotImplementedError: ``gpu_memory`` was given.
+        RuntimeError: the GPU has less memory free than ``gpu_memory``.
 
     Examples:
         >>> model = from_pretrained("mixtral-int8")  # doctest: +SKIP
     """
-    if gpu_memory is not None:
-        raise NotImplementedError(
-            "`gpu_memory` is for a model in two tiers of memory, which haq cannot run yet. Load it "
-            'on one device: `device="cpu"` or `device="cuda"`.'
-        )
+    if gpu_memory is not None:  # What is wrong with it is said before anything is read.
+        parse_memory(gpu_memory)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"`dtype` must be a float dtype such as torch.bfloat16, got {dtype!r}.")
-    place = checked_device(device)
+    wanted = checked_device(device or ("cpu" if gpu_memory is None else "cuda"))
+    place = wanted if gpu_memory is None else torch.device("cpu")
     folder = Path(directory)
     if not folder.is_dir():
         raise FileNotFoundError(f"`{folder}` must be the directory of a checkpoint, and is none.")
@@ -94,6 +98,8 @@ def from_pretrained(
     guard(model)
     if report is not None:
         attach_report(model, report)
+    if gpu_memory is not None:
+        ExpertOffloader(model, device=wanted, gpu_memory=gpu_memory).attach()
     return model
 
 

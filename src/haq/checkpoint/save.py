@@ -28,6 +28,7 @@ from haq.checkpoint.format import (
     quantization_entry,
     stored_tensors,
 )
+from haq.model.experts import check_in_one_place
 from haq.model.published import published_pieces, skeleton, tied_names
 from haq.nn import Int8Experts, Int8Linear
 from haq.quantization.report import QuantizationReport, find_report
@@ -58,6 +59,7 @@ def save_pretrained(
 
     Raises:
         TypeError: ``model`` is no model of transformers, or ``tokenizer`` no tokenizer.
+        RuntimeError: an `ExpertOffloader` is attached.
         ValueError: it has no int8 layers, or weights on the meta device.
         FileExistsError: the directory holds something, or is a file.
         OSError: it cannot be written to, or the disk is full. Nothing of the checkpoint is left
@@ -68,6 +70,7 @@ def save_pretrained(
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"`model` must be a `transformers` model, got {type(model).__name__}.")
+    check_in_one_place(model)
     if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
         raise TypeError(
             f"`tokenizer` must be a tokenizer of `transformers`, got {type(tokenizer).__name__}."

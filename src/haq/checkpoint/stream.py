@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 from transformers.utils import logging
 
 from haq.checkpoint.files import INDEX, TensorFiles, read_json
-from haq.checkpoint.fill import check_headers, checked_device, fill
+from haq.checkpoint.fill import check_headers, fill
 from haq.checkpoint.format import HAQ_FILE, float_modules, stored_tensors
 from haq.checkpoint.job import describe, digest
 from haq.checkpoint.load import float_model
@@ -28,6 +28,7 @@ from haq.checkpoint.save import (
     write_safetensors,
 )
 from haq.config import QuantizationConfig
+from haq.devices import checked_device
 from haq.memory import give_back
 from haq.model.blocks import BlockInputs, capture_block_inputs, run_block
 from haq.model.published import Piece, published_pieces

@@ -46,6 +46,10 @@ class PaddedWeight:
     def unpack(self) -> Tensor:
         return self._weight[: self._rows, : self._columns].contiguous()
 
+    def write(self, weight: Tensor) -> None:
+        """Take the numbers of another weight of the same shape, from any device."""
+        self._weight[: self._rows, : self._columns].copy_(weight, non_blocking=True)
+
 
 def zero_pad(matrix: Tensor, rows: int, columns: int) -> Tensor:
     """``matrix`` with zero rows below and zero columns to the right, or itself if it fits already.

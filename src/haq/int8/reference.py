@@ -63,6 +63,10 @@ class PlainWeight:
     def unpack(self) -> Tensor:
         return self.weight
 
+    def write(self, weight: Tensor) -> None:
+        """Take the numbers of another weight of the same shape, from any device."""
+        self.weight.copy_(weight, non_blocking=True)
+
 
 def pack(weight: Tensor, scale: Tensor) -> PlainWeight:
     """Weight int8 ``[N, K]`` and scale float32 ``[N, 1]``, multiplied by :func:`int_product`."""

@@ -134,6 +134,25 @@ def is_fused_experts(module: nn.Module) -> bool:
     )
 
 
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether ``module`` stands for experts that are in two places, as `haq.offload` has them."""
+    return getattr(type(module), "is_offloaded_experts", False) is True
+
+
+def check_in_one_place(model: nn.Module) -> None:
+    """Refuse a model whose experts are in two places.
+
+    Raises:
+        RuntimeError: an offloader is attached.
+    """
+    for name, module in model.named_modules():
+        if is_offloaded(module):
+            raise RuntimeError(
+                f"`{name}` is in two places: an `ExpertOffloader` is attached. Call its `detach()` "
+                "first: `haq.find_offloader(model).detach()`."
+            )
+
+
 def fused_experts(block: nn.Module) -> dict[str, nn.Module]:
     """The fused experts modules of a block by name."""
     return {name: module for name, module in block.named_modules() if is_fused_experts(module)}
@@ -168,6 +187,23 @@ def unfuse(experts: nn.Module, dtype: torch.dtype | None = None) -> ExpertList:
         [Expert(up_name, linear(up_name, e), linear(_DOWN_NAME, e)) for e in range(number)],
         Activation(experts),
     )
+
+
+def fused_matrices(
+    experts: nn.Module,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """Both matrices of all experts ``[E, N, K]`` and their biases ``[E, N]``, views of the module.
+
+    Args:
+        experts: a fused experts module.
+    """
+    transposed = _is_transposed(experts)
+
+    def of(name: str) -> tuple[Tensor, Tensor | None]:
+        weight, bias = experts.get_parameter(name).data, experts._parameters.get(f"{name}_bias")
+        return weight.mT if transposed else weight, None if bias is None else bias.data
+
+    return (*of(_up_name(experts)), *of(_DOWN_NAME))
 
 
 def unfused_shapes(experts: nn.Module) -> tuple[int, tuple[int, int], tuple[int, int], bool]:

@@ -1,6 +1,6 @@
 """The experts of a layer with int8 weights and int8 inputs, in the place of transformers' own."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,10 @@ Activation = Callable[[Tensor], Tensor]
 
 # Rows that go through both products together, unless one expert has more.
 _ROWS_AT_ONCE = 32
+
+# Rows of one expert that go through both products together: what is between the products has the
+# size of a few tokens' inner values and not of a whole prompt's.
+_MOST_ROWS = 1024
 
 
 class Int8Experts(nn.Module):
@@ -90,26 +94,16 @@ class Int8Experts(nn.Module):
 
     def _compute(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         self._check_shapes(hidden_states, top_k_index, top_k_weights)
-        order, counts = self._by_expert(top_k_index)
-        slots = top_k_index.shape[1]
-        rows = order // slots  # [S]: the token of each chosen expert, sorted by expert
-        tokens = round_tokens(hidden_states.contiguous())
-        down = tokens.integers.new_empty(len(rows), hidden_states.shape[1])  # [S, D]
-        start = 0
-        for span in _spans(counts):
-            here = slice(start, start + sum(span.values()))
-            self._run(span, tokens[rows[here]], down[here])
-            start = here.stop
-        down.mul_(top_k_weights.reshape(-1)[order, None])
+        order, counts = by_expert(top_k_index, self.num_experts)
+        chosen = [(self.expert(e), count) for e, count in enumerate(counts) if count]
+        experts, rows = [pair for pair, _ in chosen], [count for _, count in chosen]
+        tokens = order // top_k_index.shape[1]
+        outputs = expert_rows(experts, rows, self.activation, hidden_states, tokens)
+        return weighted_sum(outputs, order, top_k_weights).to(hidden_states.dtype)
 
-        # Back in the order of tokens; where no expert was chosen stays zero.
-        chosen = down.new_zeros(top_k_index.numel(), down.shape[1])
-        chosen[order] = down
-        chosen = chosen.view(*top_k_index.shape, down.shape[1])  # [T, A, D]
-        total = chosen[:, 0]
-        for slot in range(1, slots):
-            total = total + chosen[:, slot]
-        return total.to(hidden_states.dtype)
+    def expert(self, index: int) -> tuple[Int8Linear, Int8Linear]:
+        """The two matrices of an expert."""
+        return _layer(self.up, index), _layer(self.down, index)
 
     def _check_shapes(self, hidden_states: Tensor, index: Tensor, weights: Tensor) -> None:
         expected = _layer(self.up, 0).in_features
@@ -120,28 +114,6 @@ class Int8Experts(nn.Module):
                 f"`top_k_weights` [T, A], got {list(hidden_states.shape)}, {list(index.shape)} and "
                 f"{list(weights.shape)}."
             )
-
-    def _run(self, span: Mapping[int, int], tokens: RoundedTokens, out: Tensor) -> None:
-        """Some experts on their tokens: from ``[S, D]`` to ``out`` ``[S, D]``."""
-        up = tokens.integers.new_empty(len(out), _layer(self.up, 0).out_features)  # [S, 2 I]
-        _grouped(self.up, span, tokens, up)
-        middle = self.activation(up).contiguous()  # [S, I]
-        _grouped(self.down, span, round_tokens(middle, _layer(self.down, 0).asymmetric), out)
-
-    def _by_expert(self, index: Tensor) -> tuple[Tensor, list[int]]:
-        """Positions in ``index``, flat, sorted by expert ``[S]``, and how many each expert has."""
-        flat, allowed = index.reshape(-1), f"integers in [0, {self.num_experts}]"
-        try:
-            counts = flat.bincount(minlength=self.num_experts + 1).tolist()
-        except RuntimeError as error:  # It refuses what is negative, which costs no further look.
-            raise ValueError(
-                f"`top_k_index` must be {allowed}, got {flat.min().item()}."
-            ) from error
-        if len(counts) > self.num_experts + 1:
-            raise ValueError(f"`top_k_index` must be {allowed}, got {len(counts) - 1}.")
-        none = counts.pop()
-        order = flat.argsort(stable=True)
-        return order[: len(order) - none], counts
 
     def extra_repr(self) -> str:
         up, down = _layer(self.up, 0), _layer(self.down, 0)
@@ -155,37 +127,131 @@ class Int8Experts(nn.Module):
         self._handle = register(self)  # A copy is not the original to the compiler.
 
 
-def _spans(counts: Sequence[int]) -> Iterator[dict[int, int]]:
+def by_expert(index: Tensor, num_experts: int) -> tuple[Tensor, list[int]]:
+    """Positions in ``index``, flat, sorted by expert ``[S]``, and how many each expert has.
+
+    Args:
+        index: int64 ``[T, A]``; E stands for none.
+        num_experts: E.
+
+    Raises:
+        ValueError: an index is not in [0, E].
+
+    Examples:
+        >>> by_expert(torch.tensor([[1, 0], [3, 1]]), 3)
+        (tensor([1, 0, 3]), [1, 2, 0])
+    """
+    flat, allowed = index.reshape(-1), f"integers in [0, {num_experts}]"
+    try:
+        counts = flat.bincount(minlength=num_experts + 1).tolist()
+    except RuntimeError as error:  # It refuses what is negative, which costs no further look.
+        raise ValueError(f"`top_k_index` must be {allowed}, got {flat.min().item()}.") from error
+    if len(counts) > num_experts + 1:
+        raise ValueError(f"`top_k_index` must be {allowed}, got {len(counts) - 1}.")
+    none = counts.pop()
+    order = flat.argsort(stable=True)
+    return order[: len(order) - none], counts
+
+
+def weighted_sum(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
+    """Outputs of experts, in whatever order they come, added as the router names them.
+
+    Args:
+        rows: float ``[S, D]``; used up.
+        order: where each belongs, int64 ``[S]``: a position in ``weights``, flat, at most once.
+        weights: float ``[T, A]``. A position that has no row adds nothing.
+
+    Returns:
+        ``[T, D]`` in the dtype of ``rows``.
+    """
+    rows.mul_(weights.reshape(-1)[order, None])
+    chosen = rows.new_zeros(weights.numel(), rows.shape[1])
+    chosen[order] = rows
+    chosen = chosen.view(*weights.shape, rows.shape[1])  # [T, A, D]
+    total = chosen[:, 0]
+    for slot in range(1, weights.shape[1]):
+        total = total + chosen[:, slot]
+    return total
+
+
+def expert_rows(
+    experts: Sequence[tuple[Int8Linear, Int8Linear]],
+    counts: Sequence[int],
+    activation: Activation,
+    hidden_states: Tensor,
+    tokens: Tensor,
+) -> Tensor:
+    """What experts make of the tokens that chose them.
+
+    Args:
+        experts: the two matrices of each.
+        counts: how many rows each has, none of them zero; together S.
+        activation: from float32 ``[T, 2 I]`` (or ``[T, I]``) to ``[T, I]``.
+        hidden_states: float ``[T, D]``.
+        tokens: int64 ``[S]``, the token of each row, sorted by expert.
+
+    Returns:
+        float32 ``[S, D]``.
+    """
+    # Every token once, whatever number of experts reads it.
+    rounded = round_tokens(hidden_states.contiguous())
+    outputs = rounded.integers.new_empty(len(tokens), hidden_states.shape[1])
+    start = 0
+    for span in _spans(counts):
+        here = slice(start, start + sum(count for _, count in span))
+        part = [(*experts[index], count) for index, count in span]
+        _run(part, activation, rounded[tokens[here]], outputs[here])
+        start = here.stop
+    return outputs
+
+
+def _spans(counts: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
     """Experts and how many rows each has, as many at a time as is fast.
 
     With a few tokens that is all of them: every operation between the products costs more than what
     it computes. With many it is a few: what is between the products then stays in the cache.
     """
-    span: dict[int, int] = {}
+    span: list[tuple[int, int]] = []
+    rows = 0
     for expert, count in enumerate(counts):
-        if span and sum(span.values()) + count > _ROWS_AT_ONCE:
+        if span and rows + count > _ROWS_AT_ONCE:
             yield span
-            span = {}
-        if count:
-            span[expert] = count
+            span, rows = [], 0
+        while count > _MOST_ROWS:
+            yield [(expert, _MOST_ROWS)]
+            count -= _MOST_ROWS
+        span.append((expert, count))
+        rows += count
     if span:
         yield span
 
 
-def _grouped(
-    layers: nn.ModuleList, span: Mapping[int, int], tokens: RoundedTokens, out: Tensor
+def _run(
+    experts: Sequence[tuple[Int8Linear, Int8Linear, int]],
+    activation: Activation,
+    tokens: RoundedTokens,
+    out: Tensor,
 ) -> None:
-    """Each expert's product with its rows.
+    """Some experts, each on so many rows: from ``[S, D]`` to ``out`` ``[S, D]``."""
+    first, second, _ = experts[0]
+    up = tokens.integers.new_empty(len(out), first.out_features)  # [S, 2 I]
+    _grouped([(layer, count) for layer, _, count in experts], tokens, up)
+    middle = activation(up).contiguous()  # [S, I]
+    rounded = round_tokens(middle, second.asymmetric)
+    _grouped([(layer, count) for _, layer, count in experts], rounded, out)
+
+
+def _grouped(layers: Sequence[tuple[Int8Linear, int]], tokens: RoundedTokens, out: Tensor) -> None:
+    """Each layer's product with its rows.
 
     Args:
-        layers: one `Int8Linear` ``[N, K]`` for each expert.
-        span: which experts have how many rows.
-        tokens: ``[S, K]``, sorted by expert.
+        layers: `Int8Linear` ``[N, K]``, and how many rows it has.
+        tokens: ``[S, K]``, in the order of the layers.
         out: float32 ``[S, N]``, written to.
     """
     start = 0
-    for expert, count in span.items():
-        layer, here = _layer(layers, expert), slice(start, start + count)
+    for layer, count in layers:
+        here = slice(start, start + count)
         layer.product(tokens[here], out[here])
         if layer.bias is not None:
             out[here].add_(layer.bias)

@@ -1,6 +1,6 @@
 """A linear layer whose weight and input are int8 and whose product runs in int8."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -153,6 +153,44 @@ class Int8Linear(nn.Module):
             float32 ``[T, N]``.
         """
         return matmul.product(tokens, self._packed, self._row_sums, out)
+
+    def parts(self) -> tuple[Tensor, ...]:
+        """Everything the product reads, in plain tensors: what `write` takes.
+
+        The weight int8 ``[N, K]``, a copy where it is packed; its scale float32 ``[N, 1]``; the
+        bias float32 ``[N]`` and, if asymmetric, the sums of rows float32 ``[N]``.
+        """
+        return self.weight, *self.vectors()
+
+    def vectors(self) -> list[Tensor]:
+        """The `parts` but for the weight."""
+        rest = (self.weight_scale, self.bias, self._row_sums)
+        return [tensor for tensor in rest if tensor is not None]
+
+    def write(self, parts: Sequence[Tensor]) -> None:
+        """Take the numbers of another layer of the same shape, in the memory that this one has.
+
+        An asymmetric layer can become a symmetric one, and one again.
+
+        Args:
+            parts: its `parts`, on any device. Copies from pinned memory to a GPU are only enqueued.
+
+        Raises:
+            RuntimeError: the backend of this layer keeps its weight in a layout of its own.
+        """
+        write = getattr(self._packed, "write", None)
+        if write is None:
+            raise RuntimeError(
+                f"A layer of the backend {self.backend!r} cannot be written to: its weight is "
+                "packed. Make it under `use_backend` of a backend that keeps weights plain."
+            )
+        write(parts[0])
+        own = self.vectors()
+        self.asymmetric = self._row_sums is not None and len(parts) == 1 + len(own)
+        if self._row_sums is not None and not self.asymmetric:
+            own.pop()
+        for tensor, values in zip(own, parts[1:], strict=True):
+            tensor.copy_(values, non_blocking=True)
 
     def extra_repr(self) -> str:
         return (

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from haq.config import QuantizationConfig
 from haq.model.blocks import find_blocks
-from haq.model.experts import dense_layers, fused_experts, unknown_weights
+from haq.model.experts import check_in_one_place, dense_layers, fused_experts, unknown_weights
 from haq.model.linears import weight_of
 from haq.nn import Int8Linear
 
@@ -64,6 +64,7 @@ def checked_structure(
 ) -> tuple[str, nn.ModuleList, frozenset[str]]:
     """What `checked_model` says, of a model whose weights may be on the meta device."""
     _check_kind(model)
+    check_in_one_place(model)
     excluded = _checked_exclusions(model, config)
     name, blocks = find_blocks(model)
     _check_weights_known(blocks, name, excluded)

@@ -1,0 +1,1 @@
+"""Two tiers of memory for a mixture of experts."""

@@ -1,0 +1,141 @@
+"""How much memory of the GPU is for what: a promise, made before anything moves."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from accelerate.utils.modeling import convert_file_size_to_int
+from torch import nn
+
+from haq.offload.weights import ExpertWeights
+
+# What a GPU's libraries take through torch: workspaces of cuBLAS, tables of rotary embeddings.
+_LIBRARIES = 128 * 2**20
+
+# Tensors of the size of the hidden states that are alive at the same time in a decoder block, in
+# float32: the residual, the norm's output and its float32 copy, q, k, v, their rotated copies, ...
+_HIDDEN_TENSORS = 12
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes of GPU memory by what they are for.
+
+    Attributes:
+        total: what may be used; None if everything fits and nobody set a limit.
+        dense: weights of everything but experts.
+        cache: keys and values of the stated batch at the stated length.
+        working: what is alive while a prompt of that length goes through a block.
+        spare: slots that experts come into and go from.
+    """
+
+    total: int | None
+    dense: int
+    cache: int
+    working: int
+    spare: int
+
+    @property
+    def needed(self) -> int:
+        """What it takes with no expert resident."""
+        return self.dense + self.cache + self.working + self.spare
+
+    @property
+    def experts(self) -> int | None:
+        """What is left for residents; None is no limit."""
+        return None if self.total is None else self.total - self.needed
+
+    def room_for_experts(self, weights: Sequence[ExpertWeights]) -> int:
+        """Bytes for residents: what is left, or what all of them take if that is less."""
+        everything = sum(each.expert_bytes * each.num_experts for each in weights)
+        return everything if self.experts is None else min(everything, self.experts)
+
+    def __str__(self) -> str:
+        parts = ("dense", "cache", "working", "spare")
+        cells = [f"{name} {format_bytes(getattr(self, name))}" for name in parts]
+        if self.experts is not None:
+            cells.append(f"experts {format_bytes(max(self.experts, 0))}")
+        return ", ".join(cells)
+
+
+def parse_memory(memory: str | int, name: str = "gpu_memory", least: int = 1) -> int:
+    """Bytes of "16GiB", "16GB", "500MB" or a number.
+
+    Args:
+        memory: what the user wrote.
+        name: of the argument, for messages.
+        least: the smallest number of bytes that makes sense.
+
+    Raises:
+        TypeError: it is neither a string nor an integer.
+        ValueError: it cannot be read, or is smaller than ``least``.
+
+    Examples:
+        >>> parse_memory("1.5GiB")
+        1610612736
+    """
+    if isinstance(memory, bool) or not isinstance(memory, str | int):
+        raise TypeError(
+            f'`{name}` must be a string such as "16GiB" or a number of bytes, got {memory!r}.'
+        )
+    try:
+        size = convert_file_size_to_int(memory)
+    except ValueError:
+        size = least - 1
+    if size < least:
+        raise ValueError(
+            f'`{name}` must be a size such as "16GiB", "500MB" or a number of bytes, at least '
+            f"{least}, got {memory!r}."
+        )
+    return int(size)
+
+
+def format_bytes(size: float) -> str:
+    """Bytes for people.
+
+    Examples:
+        >>> format_bytes(1610612736), format_bytes(3000)
+        ('1.50 GiB', '2.9 KiB')
+    """
+    for unit, digits in (("GiB", 2), ("MiB", 1), ("KiB", 1)):
+        scale = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}[unit]
+        if abs(size) >= scale:
+            return f"{size / scale:.{digits}f} {unit}"
+    return f"{size:.0f} B"
+
+
+def dense_bytes(model: nn.Module, experts: Iterable[nn.Module]) -> int:
+    """Weights and buffers of a model but for its experts; each tensor once."""
+    inside = {id(module) for each in experts for module in each.modules()}
+    sizes: dict[int, int] = {}
+    for module in model.modules():
+        if id(module) in inside:
+            continue
+        own = [*module._parameters.values(), *module._buffers.values()]
+        for tensor in own:
+            if tensor is not None:
+                sizes[id(tensor)] = tensor.nbytes
+        packed = getattr(module, "_packed", None)
+        if packed is not None:  # An int8 layer's weight is no tensor of the module.
+            sizes[id(module)] = module.out_features * module.in_features  # type: ignore[operator, assignment]
+    return sum(sizes.values())
+
+
+def working_bytes(
+    weights: Sequence[ExpertWeights], tokens: int, batch: int, top_k: int, vocabulary: int
+) -> int:
+    """An upper estimate of what is alive while a prompt goes through a block, and of its logits.
+
+    Args:
+        weights: of all layers.
+        tokens: of all sequences of a batch.
+        batch: sequences, each of which has logits for its last token.
+        top_k: A.
+        vocabulary: how many logits a token has.
+    """
+    hidden = max(each.hidden for each in weights)
+    block = 4 * tokens * hidden * _HIDDEN_TENSORS
+    # Outputs of the chosen experts, once as they come and once in the order of the router.
+    outputs = 2 * 4 * tokens * top_k * hidden
+    inner = 4 * min(tokens * top_k, 1024) * max(each.inner for each in weights)
+    logits = 2 * 4 * batch * vocabulary
+    return block + outputs + inner + logits + _LIBRARIES
