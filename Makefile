@@ -45,17 +45,17 @@ docs: $(VENV)/docs.stamp
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(VENV)/test.stamp
-	set -e; for name in linear decode experts; do $(BIN)/python benchmarks/$$name.py; done
+	set -e; for name in linear decode experts lanes; do $(BIN)/python benchmarks/$$name.py; done
 
 quality: $(VENV)/test.stamp
-	set -e; for name in quality mixtures memory checkpoints; do $(BIN)/python benchmarks/$$name.py; done
+	set -e; for name in quality mixtures memory checkpoints placement; do $(BIN)/python benchmarks/$$name.py; done
 
 vllm: $(VENV)/test.stamp $(VLLM_VENV)/vllm.stamp
 	$(BIN)/python benchmarks/vllm.py --vllm $(VLLM_VENV)/bin/python
 
 # With the Python and the CUDA build of torch that are there: nothing is installed.
 gpu:
-	PYTHONPATH=src $(PYTHON) benchmarks/gpu.py
+	set -e; for name in gpu offload; do PYTHONPATH=src $(PYTHON) benchmarks/$$name.py; done
 
 # What the tools left; the environment stays.
 clean:

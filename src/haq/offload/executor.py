@@ -128,8 +128,9 @@ class Lanes:
     def _divide(self, order: Tensor, counts: Sequence[int]) -> tuple[Share, Share, Share]:
         """Which of the chosen experts are on the GPU, are brought there, and run on the CPU."""
         chosen = [e for e, count in enumerate(counts) if count]
-        here = [e for e in chosen if self._is_here(e)]
-        cold = [e for e in chosen if not self._is_here(e)]
+        # Asked once: one that arrives in this moment must not be on neither side, or on both.
+        is_here = {e: self._is_here(e) for e in chosen}
+        here, cold = ([e for e in chosen if is_here[e] is side] for side in (True, False))
         brought: list[int] = []
         if cold and self.machine.cold != "cpu" and self.machine.spare is not None:
             cold.sort(key=lambda e: -counts[e])
@@ -213,16 +214,17 @@ class Lanes:
         keys = [(self.layer, expert) for expert in share.experts]
         positions = share.order.split(list(share.counts))
         started = 0
-        for i, key in enumerate(keys):
-            while started < len(keys) and started < i + spare.capacity:
-                if keys[started] not in spare:  # It may be on its way already.
-                    spare.load(keys[started])
-                started += 1
-            if key not in spare:  # The ones after it have made it go again.
-                spare.load(key)
-            with self._in_use([key]) as guests:
+        try:
+            for i, key in enumerate(keys):
+                while started < len(keys) and started < i + spare.capacity:
+                    spare.ask(keys[started])
+                    started += 1
                 tokens = self.machine.host.bring(positions[i] // slots)
-                yield self.weights.rows([guests[key]], [share.counts[i]], hidden, tokens)
+                yield self.weights.rows([spare.use(key)], [share.counts[i]], hidden, tokens)
+                spare.release(key)
+        finally:
+            for key in keys[:started]:
+                spare.release(key)
 
     @contextmanager
     def _in_use(self, keys: Sequence[tuple[int, int]]) -> Iterator[dict[tuple[int, int], Any]]:

@@ -4,6 +4,7 @@ import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -27,19 +28,33 @@ _SHORTEST = 1e-9
 _measured: dict[tuple[object, ...], Costs] = {}
 
 
-def measure_costs(weights: ExpertWeights, device: torch.device, dtype: torch.dtype) -> Costs:
+def measure_costs(
+    weights: ExpertWeights, device: torch.device, dtype: torch.dtype, experts_per_token: int
+) -> Costs:
     """Seconds per expert and token on both sides, per copy, per round trip; kept for the process.
+
+    If the GPU is the CPU, its lanes share one processor and take the sum of their times, where
+    those of a machine with two take the longer one. So that no plan counts on the difference, an
+    expert of the CPU's lane is taken to be as slow as all of a token's experts together.
 
     Args:
         weights: of a layer like all others.
         device: of the GPU lane.
         dtype: of the hidden states.
+        experts_per_token: A.
     """
     key = (weights.shape, str(device), dtype, torch.get_num_threads())
     if key not in _measured:
         with torch.inference_mode():
             _measured[key] = _measure(weights, device, dtype)
-    return _measured[key]
+    costs = _measured[key]
+    if device.type != "cpu":
+        return costs
+    return replace(
+        costs,
+        cpu_expert=costs.cpu_expert * experts_per_token,
+        cpu_token=costs.cpu_token * experts_per_token,
+    )
 
 
 def _measure(weights: ExpertWeights, device: torch.device, dtype: torch.dtype) -> Costs:

@@ -90,7 +90,7 @@ class ExpertOffloader:
         self.budget = make_budget(
             model, self._modules, self._weights, self.device, gpu_memory, self.config, rehearsal
         )
-        self.costs = costs or measure_costs(self._weights[0], self.device, model.dtype)
+        self.costs = costs or measure_costs(self._weights[0], self.device, model.dtype, top_k)
         self.placement: Placement = place(
             self.config.placement,
             self.statistics,

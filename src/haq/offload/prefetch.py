@@ -59,7 +59,7 @@ class Prefetcher:
             return
         best = self._best(layer)
         if best is not None:
-            self._spare.load(best, early=True)
+            self._spare.load_early(best)
 
     def _best(self, layer: int) -> tuple[int, int] | None:
         """The expert that saves most on average and can arrive in time."""

@@ -90,8 +90,8 @@ class DeviceSlot:
         return self._enqueued and (self._ready is None or bool(self._ready.query()))
 
     def wait(self) -> None:
-        if self._ready is not None:
-            torch.cuda.current_stream(self._ready.device).wait_event(self._ready)
+        if self._stream is not None and self._ready is not None:
+            torch.cuda.current_stream(self._stream.device).wait_event(self._ready)
 
     def done(self) -> None:
         if self._stream is not None:
@@ -164,23 +164,31 @@ class SpareSlots:
         slot, filling = self._held[key]
         return filling.done() and filling.exception() is None and slot.filled
 
-    def load(self, key: Key, *, early: bool = False) -> None:
-        """Begin to bring an expert in. Those in use stay, so there must be another.
-
-        Args:
-            key: layer and expert; not there yet.
-            early: nobody has asked for it yet.
+    def load_early(self, key: Key) -> None:
+        """Begin to bring an expert in that nobody has asked for, and is not there yet.
 
         Raises:
             RuntimeError: every slot is in use.
         """
+        self._load(key)
+        self._early.add(key)
+
+    def ask(self, key: Key) -> None:
+        """Begin to bring an expert in unless it is there; either way it stays until `release`.
+
+        Raises:
+            RuntimeError: every slot is in use.
+        """
+        if key not in self._held:
+            self._load(key)
+        self._busy.add(key)
+
+    def _load(self, key: Key) -> None:
         layer, expert = key
         slot = self._room()
         weights, parts = self._layers[layer], self._copies.get(key)
         self._held[key] = slot, self._copier.submit(slot.fill, weights, expert, parts)
         self.copied_bytes += weights.expert_bytes
-        if early:
-            self._early.add(key)
 
     def use(self, key: Key) -> Any:
         """An expert for the products that follow; stays until `release`.
@@ -192,8 +200,7 @@ class SpareSlots:
         try:
             filling.result()
         except BaseException:
-            del self._held[key]
-            self._free.append(slot)
+            self._drop(key)
             raise
         slot.wait()
         self._held.move_to_end(key)
@@ -204,9 +211,10 @@ class SpareSlots:
         return slot.expert
 
     def release(self, key: Key) -> None:
-        """The products that read it are enqueued."""
-        self._held[key][0].done()
-        self._busy.discard(key)
+        """The products that read it are enqueued. Nothing happens if it was released before."""
+        if key in self._busy:
+            self._busy.discard(key)
+            self._held[key][0].done()
 
     def forget_failures(self) -> list[BaseException]:
         """Free the slots whose filling failed; why."""
@@ -216,9 +224,14 @@ class SpareSlots:
             if filling.done() and (error := filling.exception()) is not None
         }
         for key in failed:
-            self._free.append(self._held.pop(key)[0])
-            self._waste(key)
+            self._drop(key)
         return list(failed.values())
+
+    def _drop(self, key: Key) -> None:
+        """Its slot is free again."""
+        self._free.append(self._held.pop(key)[0])
+        self._busy.discard(key)
+        self._waste(key)
 
     def _waste(self, key: Key) -> None:
         if key in self._early:
