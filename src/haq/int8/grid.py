@@ -115,6 +115,11 @@ def fake_quantize_rows(values: Tensor) -> Tensor:
         >>> fake_quantize_rows(torch.tensor([[127.0, 0.4, -3.6]]))
         tensor([[127.,   0.,  -4.]])
     """
+    return fake_quantize_rows_(values.to(torch.float32, copy=True)).to(values.dtype)
+
+
+def fake_quantize_rows_(values: Tensor) -> Tensor:
+    """`fake_quantize_rows` in place, of float32."""
     scale = row_scale(values)
     # Within its own scale no value can pass the grid's ends, so there is nothing to clamp.
-    return (values.float() / scale).round_().mul_(scale).to(values.dtype)
+    return values.div_(scale).round_().mul_(scale)

@@ -1,11 +1,14 @@
 """How much memory of the GPU is for what: a promise, made before anything moves."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from accelerate.utils.modeling import convert_file_size_to_int
 from torch import nn
+from transformers import PreTrainedModel
 
+from haq.model.blocks import find_blocks
+from haq.nn import Int8Linear
 from haq.offload.weights import ExpertWeights
 
 # What a GPU's libraries take through torch: workspaces of cuBLAS, tables of rotary embeddings.
@@ -22,10 +25,12 @@ class Budget:
 
     Attributes:
         total: what may be used; None if everything fits and nobody set a limit.
-        dense: weights of everything but experts.
+        dense: weights of everything but experts, or what is on the GPU of them at a time.
         cache: keys and values of the stated batch at the stated length.
         working: what is alive while a prompt of that length goes through a block.
         spare: slots that experts come into and go from.
+        streamed: decoder blocks do not fit either: their weights come from the CPU, each layer's
+            when it is called.
     """
 
     total: int | None
@@ -33,6 +38,7 @@ class Budget:
     cache: int
     working: int
     spare: int
+    streamed: bool = False
 
     @property
     def needed(self) -> int:
@@ -105,19 +111,42 @@ def format_bytes(size: float) -> str:
 
 def dense_bytes(model: nn.Module, experts: Iterable[nn.Module]) -> int:
     """Weights and buffers of a model but for its experts; each tensor once."""
-    inside = {id(module) for each in experts for module in each.modules()}
-    sizes: dict[int, int] = {}
+    return sum(size for _, size in _sizes(model, experts))
+
+
+def streamed_bytes(model: PreTrainedModel, experts: Iterable[nn.Module]) -> int | None:
+    """What is left of `dense_bytes` if decoder blocks are on the CPU and come layer by layer.
+
+    Everything around the blocks, and twice the largest layer in them: it is copied before it is
+    cast. None if there are int8 layers, which accelerate's hooks do not know.
+    """
+    inside = {id(module) for module in find_blocks(model)[1].modules()}
+    around, largest = 0, 0
+    for module, size in _sizes(model, experts):
+        if id(module) not in inside:
+            around += size
+        elif isinstance(module, Int8Linear):
+            return None
+        else:
+            largest = max(largest, size)
+    return around + 2 * largest
+
+
+def _sizes(model: nn.Module, experts: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, int]]:
+    """Every module outside of the experts with the bytes of what is its own."""
+    outside = {id(module) for each in experts for module in each.modules()}
+    seen: set[int] = set()
     for module in model.modules():
-        if id(module) in inside:
+        if id(module) in outside:
             continue
-        own = [*module._parameters.values(), *module._buffers.values()]
-        for tensor in own:
-            if tensor is not None:
-                sizes[id(tensor)] = tensor.nbytes
-        packed = getattr(module, "_packed", None)
-        if packed is not None:  # An int8 layer's weight is no tensor of the module.
-            sizes[id(module)] = module.out_features * module.in_features  # type: ignore[operator, assignment]
-    return sum(sizes.values())
+        size = 0
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None and id(tensor) not in seen:
+                seen.add(id(tensor))
+                size += tensor.nbytes
+        if isinstance(module, Int8Linear):  # Its packed weight is no tensor of the module.
+            size += module.out_features * module.in_features
+        yield module, size
 
 
 def working_bytes(

@@ -13,6 +13,7 @@ from haq.model.experts import check_in_one_place
 from haq.offload.build import make_machine, residents_of
 from haq.offload.collect import experts_modules
 from haq.offload.costs import Costs
+from haq.offload.dense import DenseSide
 from haq.offload.executor import Lanes, Machine
 from haq.offload.measure import measure_costs
 from haq.offload.module import OffloadedExperts, refuse
@@ -25,6 +26,8 @@ from haq.offload.weights import ExpertWeights, expert_weights
 
 # Where a model keeps its offloader.
 _ATTRIBUTE = "_haq_offloader"
+
+_STREAMED = "decoder blocks do not fit: accelerate brings each of their layers when it is called"
 
 
 class ExpertOffloader:
@@ -90,6 +93,7 @@ class ExpertOffloader:
         self.budget = make_budget(
             model, self._modules, self._weights, self.device, gpu_memory, self.config, rehearsal
         )
+        self._dense = DenseSide(model, self.device, streamed=self.budget.streamed)
         self.costs = costs or measure_costs(self._weights[0], self.device, model.dtype, top_k)
         self.placement: Placement = place(
             self.config.placement,
@@ -125,7 +129,7 @@ class ExpertOffloader:
                 stands[name] = OffloadedExperts(Lanes(layer, name, weights, residents, machine))
             for name, stand in stands.items():
                 self.model.set_submodule(name, stand)
-            self._move_dense(stands, self.device)
+            self._dense.to_gpu()
         except BaseException as error:
             self._restore(stands)
             machine.close()
@@ -192,7 +196,8 @@ class ExpertOffloader:
         machine.meter.settle()
         spare, prefetcher = machine.spare, machine.prefetcher
         stopped = prefetcher.stopped if prefetcher is not None else ""
-        notes = [*machine.notes, *([f"prefetching stopped: {stopped}"] if stopped else [])]
+        notes = [*machine.notes, *([_STREAMED] if self.budget.streamed else [])]
+        notes += [f"prefetching stopped: {stopped}"] if stopped else []
         on_gpu = self.device.type == "cuda"
         return OffloadReport(
             layers=tuple(self._modules),
@@ -207,22 +212,9 @@ class ExpertOffloader:
             spans=tuple(machine.meter.spans),
         )
 
-    # --- between the two sides --------------------------------------------------------------------
-
-    def _move_dense(self, stands: Mapping[str, OffloadedExperts], device: torch.device) -> None:
-        if self.device.type == "cpu":
-            return
-        for stand in stands.values():
-            stand.moving = True
-        try:
-            self.model.to(device)  # type: ignore[arg-type]
-        finally:
-            for stand in stands.values():
-                stand.moving = False
-
     def _restore(self, stands: Mapping[str, OffloadedExperts]) -> None:
-        """The model's own modules, and everything on the CPU."""
-        self._move_dense(stands, torch.device("cpu"))
+        """Everything on the CPU, and the model's own experts."""
+        self._dense.to_cpu()
         for name in stands:
             self.model.set_submodule(name, self._modules[name])
 

@@ -1,6 +1,7 @@
 """What an offloader knows and promises before it decides: statistics, and bytes for what."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -8,7 +9,14 @@ from transformers import PreTrainedModel
 
 from haq.config import OffloadConfig
 from haq.model.linears import weight_of
-from haq.offload.budget import Budget, dense_bytes, format_bytes, parse_memory, working_bytes
+from haq.offload.budget import (
+    Budget,
+    dense_bytes,
+    format_bytes,
+    parse_memory,
+    streamed_bytes,
+    working_bytes,
+)
 from haq.offload.rehearsal import Rehearsal
 from haq.offload.routing import RoutingStatistics
 from haq.offload.weights import ExpertWeights, spare_slots
@@ -91,13 +99,22 @@ def make_budget(
         working=working_bytes(weights, tokens, config.batch_size, top_k, vocabulary),
         spare=spare_slots(weights, config.spare_slots) * weights[0].expert_bytes,
     )
-    if budget.experts is not None and budget.experts < 0:
+    if not _too_small(budget):
+        return budget
+    dense = streamed_bytes(model, modules.values())
+    if dense is not None:
+        budget = replace(budget, dense=min(dense, budget.dense), streamed=True)
+    if _too_small(budget):
         raise ValueError(
             f"`gpu_memory` must be at least {format_bytes(budget.needed)} ({budget.needed} bytes), "
             f"got {format_bytes(budget.total or 0)}: without any expert the model needs {budget}. "
             "A smaller `max_length` or `batch_size` in the config needs less."
         )
     return budget
+
+
+def _too_small(budget: Budget) -> bool:
+    return budget.experts is not None and budget.experts < 0
 
 
 def _number(module: nn.Module) -> int:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from haq.int8 import grid
+from haq.memory import give_back
 from haq.model.blocks import BlockBatch, first_tensor, run_block, token_rows
 from haq.model.experts import Expert, ExpertList, input_matrices
 from haq.model.groups import Group
@@ -243,6 +244,7 @@ class _Trial:
 
     def error(self, scale: Tensor) -> float:
         """Squared error of the scope's output over the sample's tokens."""
+        give_back()
         with self._quantized(scale), torch.no_grad():
             scope = self.block.get_submodule(self.scope)
             return sum(
@@ -293,9 +295,9 @@ class _SimulatedInt8(nn.Module):
         self._weight = self._on_the_grid() if keep else None
 
     def forward(self, inputs: Tensor) -> Tensor:
-        quantized = grid.fake_quantize_rows(inputs * (1 / self._scale))
+        quantized = grid.fake_quantize_rows_(inputs * (1 / self._scale))
         weight = self._on_the_grid() if self._weight is None else self._weight
         return functional.linear(quantized, weight, bias_view(self._linear[0]))
 
     def _on_the_grid(self) -> Tensor:
-        return grid.fake_quantize_rows(weight_view(self._linear[0]) * self._scale)
+        return grid.fake_quantize_rows_(weight_view(self._linear[0]) * self._scale)
