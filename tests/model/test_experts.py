@@ -27,6 +27,7 @@ from haq.model.experts import (
     unfuse,
     unknown_weights,
 )
+from tests.architectures import MIXTURES
 
 EXPERTS, HIDDEN, INNER, SLOTS = 5, 32, 20, 2
 
@@ -604,3 +605,20 @@ def test_an_expert_list_can_be_pickled() -> None:
     loaded = pickle.loads(pickle.dumps(experts))
     assert isinstance(loaded, ExpertList)
     torch.testing.assert_close(loaded(*given), experts(*given), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt-oss"])
+def test_experts_that_are_used_up_leave_their_shapes(family: str) -> None:
+    kept, used = (
+        next(m for m in MIXTURES[family]().modules() if is_fused_experts(m)) for _ in range(2)
+    )
+    used.load_state_dict(kept.state_dict())
+    expected, found = unfuse(kept, torch.float32), unfuse(used, torch.float32, use_up=True)
+    for one, other in zip(expected.parameters(), found.parameters(), strict=True):
+        assert torch.equal(one, other)
+    for name, parameter in kept.named_parameters():
+        left = used.get_parameter(name)
+        if not name.endswith("_bias"):
+            assert left.is_meta
+        assert (left.shape, left.dtype) == (parameter.shape, parameter.dtype)
+        assert not parameter.is_meta

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 from haq.model import published
-from haq.model.published import Piece, published_pieces, skeleton, tied_names
+from haq.model.published import Piece, _LargeOnMeta, published_pieces, skeleton, tied_names
 from tests.architectures import ARCHITECTURES, EXPERTS, HIDDEN, INNER, MIXTURES
 from tests.conftest import ModelFactory
 
@@ -155,3 +155,31 @@ def test_a_tensor_of_two_parameters_is_refused(
     monkeypatch.setattr(published, "revert_weight_conversion", merging)
     with pytest.raises(ValueError, match=r"`kv\.weight` .* made of several parameters"):
         pieces_of(tiny_llama())
+
+
+def test_a_skeleton_asks_for_no_memory_that_large_experts_would_take() -> None:
+    """One layer of these experts is 8 TB: no machine would even promise it."""
+    config = MixtralConfig(
+        hidden_size=2**15,
+        intermediate_size=2**19,
+        num_local_experts=64,
+        num_hidden_layers=1,
+        num_attention_heads=2**8,
+        num_key_value_heads=8,
+        vocab_size=32,
+    )
+    model = skeleton(MixtralForCausalLM, config)
+    assert model.model.layers[0].mlp.experts.down_proj.is_meta
+    assert not any(buffer.is_meta for buffer in model.buffers())
+
+
+@pytest.mark.parametrize("shape", [(2**26,), (2**13, 2**13)])
+def test_only_what_is_large_is_made_on_meta(shape: tuple[int, ...]) -> None:
+    smaller = (2, 3, *shape[1:])
+    with _LargeOnMeta():
+        assert torch.empty(*shape).is_meta
+        assert torch.empty(shape).is_meta
+        assert torch.empty(size=shape, dtype=torch.int8).is_meta
+        for made in (torch.empty(*smaller), torch.empty(smaller), torch.empty(size=smaller)):
+            assert made.device.type == "cpu"
+            assert made.shape == smaller

@@ -687,3 +687,18 @@ def test_matrices_that_do_not_fit_together(up: list[int], down: list[int]) -> No
     message = f"`up` must be [2 I, D] or [I, D] for `down` of shape [D, I], got {up} and {down}."
     with pytest.raises(ValueError, match=re.escape(message)):
         Int8Experts(int8_layers(*up), int8_layers(*down), silu_gate)
+
+
+def test_more_rows_than_go_together_give_what_each_gives_alone() -> None:
+    """One expert with 2500 rows, and another with a few before and after it."""
+    up = [Int8Linear.from_float(torch.randn(12, 8)) for _ in range(3)]
+    down = [Int8Linear.from_float(torch.randn(8, 12), asymmetric=True) for _ in range(3)]
+    experts = Int8Experts(up, down, torch.relu)
+    hidden = torch.randn(2510, 8)
+    index = torch.ones(2510, 1, dtype=torch.int64)
+    index[:5], index[-5:] = 0, 2
+    weights = torch.rand(2510, 1)
+    expected = torch.cat(
+        [experts(hidden[i : i + 1], index[i : i + 1], weights[i : i + 1]) for i in range(2510)]
+    )
+    assert torch.equal(experts(hidden, index, weights), expected)

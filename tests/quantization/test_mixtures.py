@@ -277,8 +277,8 @@ def folded_block(
     finished: list[tuple[nn.Module, nn.Module]] = []
 
     class Work(BlockWork):
-        def __init__(self, *arguments: Any) -> None:
-            super().__init__(*arguments)
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
             works.append(self)
 
     def finish(work: Any, *arguments: Any) -> object:
@@ -788,9 +788,9 @@ def counting(
     record: list[weakref.ref], alive: list[int], kind: type = SecondMoment
 ) -> type[SecondMoment]:
     class Counted(kind):
-        def __init__(self, *arguments: Any) -> None:
+        def __init__(self, *arguments: Any, **options: Any) -> None:
             alive.append(sum(reference() is not None for reference in record))
-            super().__init__(*arguments)
+            super().__init__(*arguments, **options)
             record.append(weakref.ref(self))
 
     return Counted
@@ -849,8 +849,8 @@ def test_float_weights_of_finished_experts_are_freed(
     alive: list[tuple[list[bool], int]] = []
     shapes = ((2 * INNER, HIDDEN), (HIDDEN, INNER))
 
-    def watched_unfuse(*arguments: Any) -> ExpertList:
-        experts = unfuse(*arguments)
+    def watched_unfuse(*arguments: Any, **options: Any) -> ExpertList:
+        experts = unfuse(*arguments, **options)
         copies.extend(
             StorageWeakRef(layer.weight.untyped_storage())
             for expert in experts.experts

@@ -163,30 +163,33 @@ def is_experts(module: nn.Module) -> bool:
     return isinstance(module, ExpertList) or is_fused_experts(module)
 
 
-def unfuse(experts: nn.Module, dtype: torch.dtype | None = None) -> ExpertList:
+def unfuse(
+    experts: nn.Module, dtype: torch.dtype | None = None, *, use_up: bool = False
+) -> ExpertList:
     """The same function with two linears for each expert.
 
     Args:
-        experts: a fused experts module; unchanged.
+        experts: a fused experts module; unchanged, unless it is used up.
         dtype: of the new weights; that of the old ones if None.
+        use_up: leave shapes of its parameters, each as soon as its copies are made.
 
     Returns:
         Experts with memory of their own, each its own, so that one after the other can be freed.
     """
     up_name, transposed = _up_name(experts), _is_transposed(experts)
 
-    def linear(name: str, index: int) -> nn.Linear:
-        weight = experts.get_parameter(name).data[index]
+    def linears_of(name: str) -> list[nn.Linear]:
+        weights = experts.get_parameter(name).data
         bias = experts._parameters.get(f"{name}_bias")
-        return _linear(
-            weight.T if transposed else weight, None if bias is None else bias.data[index], dtype
-        )
+        biases = [None] * len(weights) if bias is None else list(bias.data)
+        copies = zip(weights.mT if transposed else weights, biases, strict=True)
+        made = [_linear(weight, own, dtype) for weight, own in copies]
+        if use_up:
+            experts._parameters[name] = nn.Parameter(weights.to("meta"), requires_grad=False)
+        return made
 
-    number = len(experts.get_parameter(_DOWN_NAME))
-    return ExpertList(
-        [Expert(up_name, linear(up_name, e), linear(_DOWN_NAME, e)) for e in range(number)],
-        Activation(experts),
-    )
+    pairs = zip(linears_of(up_name), linears_of(_DOWN_NAME), strict=True)
+    return ExpertList([Expert(up_name, up, down) for up, down in pairs], Activation(experts))
 
 
 def fused_matrices(

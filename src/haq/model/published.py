@@ -6,16 +6,22 @@ every parameter is given a number, and where the numbers come out tells which ro
 parameter make up each published tensor. No family is known by name.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from haq.model.experts import is_fused_experts
+
+# Elements of a tensor that is certainly a parameter.
+_LARGE = 2**26
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,11 +41,33 @@ class Piece:
 
 def skeleton(kind: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
     """The float model with its buffers in memory and its parameters on the meta device."""
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), _LargeOnMeta():
         model: PreTrainedModel = kind(config)
     model.tie_weights()  # Where parameters are made anew, ties are lost.
     model.eval()
     return model
+
+
+class _LargeOnMeta(TorchFunctionMode):
+    """Makes large tensors on the meta device at once.
+
+    `init_empty_weights` asks for a parameter's memory before it gives it back: all experts of a
+    layer of DeepSeek-V3 are 30 GB, more than some machines promise. No buffer is that large.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty and math.prod(_shape(args, kwargs)) >= _LARGE:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+def _shape(args: Any, kwargs: dict[str, Any]) -> tuple[int, ...]:
+    """Of ``torch.empty(2, 3)``, ``torch.empty((2, 3))`` or ``torch.empty(size=(2, 3))``."""
+    size = args or kwargs.get("size", ())
+    return tuple(size[0]) if len(size) == 1 and not isinstance(size[0], int) else tuple(size)
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:

@@ -43,9 +43,7 @@ def quantize_block(
         RuntimeError: an activation is NaN or infinite; the message names the layer.
         ValueError: the block reads the weight of a linear without calling it.
     """
-    work = BlockWork(block, name, excluded, config, processes)
-    if use_up:
-        block.to("meta")  # Names and dtypes are still read.
+    work = BlockWork(block, name, excluded, config, processes, use_up=use_up)
     give_back()
     some = _evenly_spread(batches, config.search_tokens)
     sample = [batch.float() for batch in some]

@@ -52,6 +52,8 @@ class BlockWork:
         excluded: frozenset[str],
         config: QuantizationConfig,
         processes: Processes = ALONE,
+        *,
+        use_up: bool = False,
     ) -> None:
         self.original = original
         self.processes = processes
@@ -59,10 +61,12 @@ class BlockWork:
         self.excluded = excluded
         self.config = config
         fused = {n: m for n, m in fused_experts(original).items() if n not in excluded}
-        self.experts = {n: unfuse(module, torch.float32) for n, module in fused.items()}
+        self.experts = {n: unfuse(m, torch.float32, use_up=use_up) for n, m in fused.items()}
         # The copy gets these in the place of copies of the fused ones.
         known = {id(module): self.experts[n] for n, module in fused.items()}
         self.block = copy.deepcopy(original, known).float()
+        if use_up:
+            original.to("meta")  # Names and dtypes are still read.
         self.linears = {n: m for n, m in dense_layers(self.block).items() if n not in excluded}
         self.notes = {n: Notes() for n in (*self.linears, *self.experts)}
         self.asymmetric: set[str] = set()
