@@ -41,6 +41,12 @@ COMMANDS = {
         "--no-sample",
         "--seed",
         "--device",
+        "--gpu-memory",
+        "--statistics",
+    ],
+    "profile": [
+        *("MODEL", "OUTPUT", "--text", "--num-samples", "--sequence-length", "--seed", "--device"),
+        "--json",
     ],
 }
 

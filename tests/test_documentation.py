@@ -22,6 +22,8 @@ def test_the_readme_runs_from_top_to_bottom(
     written = capsys.readouterr().out
     assert "layers with 3,145,728 weights are int8" in written
     assert "KL(reference || model)" in written
+    assert "expected hit rate" in written
+    assert "% of choices on the GPU" in written
 
 
 def test_every_make_target_that_is_mentioned_exists() -> None:

@@ -1,4 +1,4 @@
-"""The command line: ``haq quantize | inspect | evaluate | generate``.
+"""The command line: ``haq quantize | inspect | evaluate | profile | generate``.
 
 Results go to standard output, everything else to standard error. Exit codes: 0 done, 1 it failed
 and the message says why, 2 the command was not understood.
@@ -6,6 +6,7 @@ and the message says why, 2 the command was not understood.
 
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import wraps
 from pathlib import Path
@@ -21,9 +22,11 @@ from haq.checkpoint.files import TensorFiles, read_json
 from haq.checkpoint.format import HAQ_FILE
 from haq.checkpoint.load import from_pretrained
 from haq.checkpoint.stream import quantize_checkpoint
-from haq.config import QuantizationConfig
+from haq.config import OffloadConfig, QuantizationConfig
 from haq.devices import checked_device
 from haq.evaluation import compare, evaluation_tokens, perplexity
+from haq.offload.offloader import ExpertOffloader
+from haq.offload.routing import RoutingStatistics
 from haq.quantization.calibration import calibration_batches
 from haq.quantization.report import QuantizationReport
 
@@ -182,15 +185,69 @@ def generate(
     sample: Annotated[bool, typer.Option(help="Draw tokens; else the likeliest.")] = False,
     seed: Annotated[int, typer.Option(help="For --sample.")] = 0,
     device: Device = "cpu",
+    gpu_memory: Annotated[
+        str | None,
+        typer.Option(help='Of a mixture of experts on --device, "16GiB"; the rest is on the CPU.'),
+    ] = None,
+    statistics: Annotated[
+        Path | None, typer.Option(help="For --gpu-memory: what `haq profile` wrote.")
+    ] = None,
 ) -> None:
     """Let a model write."""
     tokenizer = AutoTokenizer.from_pretrained(model)
-    loaded = _load(model, device)
-    inputs = tokenizer(prompt, return_tensors="pt").to(loaded.device)
-    torch.manual_seed(seed)
-    write: Callable[..., Tensor] = loaded.generate  # type: ignore[assignment]
-    written = write(**inputs, max_new_tokens=max_new_tokens, do_sample=sample)
-    typer.echo(tokenizer.decode(written[0], skip_special_tokens=True))
+    inputs = tokenizer(prompt, return_tensors="pt")
+    loaded = _load(model, device if gpu_memory is None else "cpu")
+    side: AbstractContextManager[ExpertOffloader | None] = nullcontext()
+    if gpu_memory is not None:
+        length = inputs["input_ids"].shape[1] + max_new_tokens
+        side = ExpertOffloader(
+            loaded,
+            device=device,
+            gpu_memory=gpu_memory,
+            statistics=None if statistics is None else RoutingStatistics.load(statistics),
+            config=OffloadConfig(max_length=length),
+        )
+    with side as offloader:
+        inputs = inputs.to(loaded.device)
+        torch.manual_seed(seed)
+        write: Callable[..., Tensor] = loaded.generate  # type: ignore[assignment]
+        written = write(**inputs, max_new_tokens=max_new_tokens, do_sample=sample)
+        typer.echo(tokenizer.decode(written[0], skip_special_tokens=True))
+        if offloader is not None:
+            typer.echo(f"\n{offloader.report()}", err=True)
+
+
+@app.command()
+@_reporting_errors
+def profile(
+    model: Annotated[str, typer.Argument(help="Directory of an int8 or a float model.")],
+    output: Annotated[Path, typer.Argument(help="Where to: an .npz file.")],
+    text: Annotated[str, typer.Option(help=f"Text like what it is for: {_TEXT}.")] = "wikitext2",
+    num_samples: Annotated[int, typer.Option(help="Windows of text.")] = 32,
+    sequence_length: Length = None,
+    seed: Annotated[int, typer.Option(help="Which windows are taken.")] = 0,
+    device: Device = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Note which experts a mixture chooses, and after which ones: what offloading places by."""
+    batches = calibration_batches(
+        AutoTokenizer.from_pretrained(model),
+        text,
+        num_samples=num_samples,
+        sequence_length=_length(model, sequence_length),
+        seed=seed,
+    )
+    found = RoutingStatistics.collect(_load(model, device), batches)
+    found.save(output)
+    if as_json:
+        typer.echo(json.dumps({"layers": found.layers, "counts": found.counts.tolist()}))
+        return
+    for name, row in zip(found.layers, found.popularity, strict=True):
+        half = sorted(row, reverse=True)[: len(row) // 2]
+        typer.echo(
+            f"{name}: half of the experts take {100 * sum(half) / sum(row):.1f} % of choices"
+        )
+    typer.echo(f"{found.tokens:,} tokens. Saved in {output}.")
 
 
 def _load(name: str, device: str) -> PreTrainedModel:

@@ -76,16 +76,17 @@ def parse_memory(memory: str | int, name: str = "gpu_memory", least: int = 1) ->
         ValueError: it cannot be read, or is smaller than ``least``.
 
     Examples:
-        >>> parse_memory("1.5GiB")
-        1610612736
+        >>> parse_memory("1.5GiB"), parse_memory("4096")
+        (1610612736, 4096)
     """
     if isinstance(memory, bool) or not isinstance(memory, str | int):
         raise TypeError(
             f'`{name}` must be a string such as "16GiB" or a number of bytes, got {memory!r}.'
         )
     try:
-        size = convert_file_size_to_int(memory)
-    except ValueError:
+        digits = isinstance(memory, str) and memory.strip().isdecimal()
+        size = convert_file_size_to_int(int(memory) if digits else memory)
+    except (ValueError, OverflowError):  # Of "infGB".
         size = least - 1
     if size < least:
         raise ValueError(

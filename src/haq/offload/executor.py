@@ -175,9 +175,10 @@ class Lanes:
             rows = self._on_gpu(hidden, here, brought, slots, call)
             if self.machine.prefetcher is not None:
                 self.machine.prefetcher.look_ahead(self.layer)
-        except BaseException:
+        except BaseException as error:
             if future is not None:
                 future.exception()  # It reads what the next call would overwrite.
+            error.add_note(f"In the experts of `{self.name}`. The model can be used on.")
             raise
         if future is not None:
             outputs, call.cpu = self._result(future)

@@ -60,7 +60,8 @@ class HostSide:
             return values.cpu()
         room = self._staging.get(name)
         if room is None or room.numel() < values.numel() or room.dtype != values.dtype:
-            room = torch.empty(values.numel(), dtype=values.dtype, pin_memory=True)
+            with torch.inference_mode(False):  # The next call may be in another mode.
+                room = torch.empty(values.numel(), dtype=values.dtype, pin_memory=True)
             self._staging[name] = room
         copy = room[: values.numel()].view(values.shape)
         return copy.copy_(values, non_blocking=True)

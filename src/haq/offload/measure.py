@@ -1,6 +1,5 @@
 """Costs of one machine, measured with the very experts that it will run: about a second."""
 
-import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -69,7 +68,7 @@ def _measure(weights: ExpertWeights, device: torch.device, dtype: torch.dtype) -
             weights.write(room, weights.parts(expert))
         gpu = [_seconds_of(weights, rooms, count, device, dtype) for count in (1, _MANY)]
         slot = DeviceSlot(rooms[0], None)
-    copy = _median(lambda i: slot.fill(weights, i % len(on_cpu), None), device)
+    copy = _least_seconds(lambda i: slot.fill(weights, i % len(on_cpu), None), device)
     (gpu_expert, gpu_token), (cpu_expert, cpu_token) = _line(*gpu), _line(*cpu)
     round_trip = _round_trip(weights.hidden, device, dtype)
     return Costs(gpu_expert, gpu_token, cpu_expert, cpu_token, max(copy, _SHORTEST), round_trip)
@@ -89,7 +88,7 @@ def _seconds_of(
     """Of one expert with ``count`` tokens."""
     hidden = torch.randn(count, weights.hidden, dtype=torch.float32).to(device, dtype)
     tokens = torch.arange(count, device=device)
-    return _median(
+    return _least_seconds(
         lambda i: weights.rows([experts[i % len(experts)]], [count], hidden, tokens), device
     )
 
@@ -113,11 +112,11 @@ def _round_trip(hidden: int, device: torch.device, dtype: torch.dtype) -> float:
         return host.bring(result)
 
     with ThreadPoolExecutor(1) as pool:
-        return _median(there_and_back, device)
+        return _least_seconds(there_and_back, device)
 
 
-def _median(run: Callable[[int], object], device: torch.device) -> float:
-    """Seconds of a call, the median of as many as fit into a moment."""
+def _least_seconds(run: Callable[[int], object], device: torch.device) -> float:
+    """Seconds of a call: the least of as many as fit into a moment. Other work only adds."""
     run(0)
     _wait(device)
     seconds: list[float] = []
@@ -129,7 +128,7 @@ def _median(run: Callable[[int], object], device: torch.device) -> float:
         run(len(seconds))
         _wait(device)
         seconds.append(time.perf_counter() - before)
-    return statistics.median(seconds)
+    return min(seconds)
 
 
 def _wait(device: torch.device) -> None:

@@ -1,6 +1,7 @@
 """`ExpertOffloader`: what the user holds."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
@@ -87,11 +88,18 @@ class ExpertOffloader:
         self._weights = [_weights_of(name, m) for name, m in self._modules.items()]
         self._machine: Machine | None = None
         self._last: OffloadReport | None = None
-        rehearsal = rehearse(model, self.config.batch_size, self.config.max_length, self._modules)
+        batch, length = self.config.batch_size, _longest(model, self.config.max_length)
+        rehearsal = rehearse(model, batch, length, self._modules)
         top_k = rehearsal.experts_per_token
         self.statistics = known_statistics(model, self._modules, statistics, top_k)
         self.budget = make_budget(
-            model, self._modules, self._weights, self.device, gpu_memory, self.config, rehearsal
+            model,
+            self._modules,
+            self._weights,
+            self.device,
+            gpu_memory,
+            replace(self.config, max_length=length),
+            rehearsal,
         )
         self._dense = DenseSide(model, self.device, streamed=self.budget.streamed)
         self.costs = costs or measure_costs(self._weights[0], self.device, model.dtype, top_k)
@@ -109,6 +117,8 @@ class ExpertOffloader:
     def attached(self) -> bool:
         return self._machine is not None
 
+    # Slots are filled by a thread of its own, which is in no mode that the caller may be in.
+    @torch.inference_mode(False)
     def attach(self) -> Self:
         """Put the model on two sides. If that fails, the model is as it was.
 
@@ -119,11 +129,12 @@ class ExpertOffloader:
         if self.attached:
             raise RuntimeError("This `ExpertOffloader` is attached already. Call `detach()` first.")
         check_in_one_place(self.model)
-        machine = make_machine(
-            self.device, self.config, self.costs, self.placement, self.statistics, self._weights
-        )
         stands: dict[str, OffloadedExperts] = {}
+        machine: Machine | None = None
         try:
+            machine = make_machine(
+                self.device, self.config, self.costs, self.placement, self.statistics, self._weights
+            )
             for layer, (name, weights) in enumerate(zip(self._modules, self._weights, strict=True)):
                 residents = residents_of(weights, self.placement.resident[layer], self.device)
                 stands[name] = OffloadedExperts(Lanes(layer, name, weights, residents, machine))
@@ -132,7 +143,8 @@ class ExpertOffloader:
             self._dense.to_gpu()
         except BaseException as error:
             self._restore(stands)
-            machine.close()
+            if machine is not None:
+                machine.close()
             if isinstance(error, torch.OutOfMemoryError):
                 raise RuntimeError(
                     f"{self.device} has less memory free than `gpu_memory` says "
@@ -148,6 +160,7 @@ class ExpertOffloader:
         machine.meter.reset()
         return self
 
+    @torch.inference_mode(False)
     def detach(self) -> None:
         """Give the model back as it was: its own modules, on the CPU. `report` still answers."""
         if self._machine is None:
@@ -227,6 +240,12 @@ def find_offloader(model: PreTrainedModel) -> ExpertOffloader | None:
         >>> print(find_offloader(model).placement)  # doctest: +SKIP
     """
     return getattr(model, _ATTRIBUTE, None)
+
+
+def _longest(model: PreTrainedModel, length: int) -> int:
+    """No sequence is longer than the model has positions."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return min(length, positions) if isinstance(positions, int) and positions > 0 else length
 
 
 def _check_types(model: Any, statistics: Any, config: Any, costs: Any) -> None:

@@ -151,6 +151,7 @@ class SpareSlots:
         self._busy: set[Key] = set()
         self._copier = ThreadPoolExecutor(1, "haq-copy")
         self._early: set[Key] = set()
+        self._failures: list[BaseException] = []
         self.capacity = len(slots)
         self.copied_bytes = self.early_used = self.early_wasted = 0
 
@@ -194,14 +195,20 @@ class SpareSlots:
         """An expert for the products that follow; stays until `release`.
 
         Raises:
-            whatever bringing it in raised; the slot is free then.
+            whatever bringing it in raised; the slot is free then. If that was before anybody asked,
+            it is tried once more.
         """
         slot, filling = self._held[key]
         try:
             filling.result()
-        except BaseException:
+        except BaseException as error:
+            early = key in self._early
             self._drop(key)
-            raise
+            if not early:
+                raise
+            self._failures.append(error)
+            self.ask(key)
+            return self.use(key)
         slot.wait()
         self._held.move_to_end(key)
         if key in self._early:
@@ -217,7 +224,7 @@ class SpareSlots:
             self._held[key][0].done()
 
     def forget_failures(self) -> list[BaseException]:
-        """Free the slots whose filling failed; why."""
+        """Free the slots whose filling failed; why, and why what was tried again had failed."""
         failed = {
             key: error
             for key, (_, filling) in self._held.items()
@@ -225,7 +232,8 @@ class SpareSlots:
         }
         for key in failed:
             self._drop(key)
-        return list(failed.values())
+        failures, self._failures = [*self._failures, *failed.values()], []
+        return failures
 
     def _drop(self, key: Key) -> None:
         """Its slot is free again."""
