@@ -12,7 +12,7 @@ def checked_device(device: str | torch.device) -> torch.device:
     try:
         place = torch.device(device)
         torch.empty(0, device=place)
-    except (AssertionError, RuntimeError) as error:  # A torch without CUDA asserts.
+    except (AssertionError, RuntimeError, TypeError) as error:  # A torch without CUDA asserts.
         reason = str(error).partition("\n")[0]
         raise ValueError(
             f'`device` must be one that torch can use here, such as "cpu", got {str(device)!r}: '

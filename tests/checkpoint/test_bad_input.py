@@ -194,10 +194,21 @@ def test_an_empty_directory(tmp_path: Path) -> None:
     refused(tmp_path / "empty", "config.json", kind=FileNotFoundError)
 
 
-@pytest.mark.parametrize("memory", ["8GB", 0])
-def test_memory_in_two_tiers_is_not_there_yet(llama: Path, memory: str | int) -> None:
-    with unchanged(llama), pytest.raises(NotImplementedError, match="`gpu_memory`"):
+@pytest.mark.parametrize("memory", ["16 elephants", "", 0, -1])
+def test_memory_of_no_size(llama: Path, memory: str | int) -> None:
+    with unchanged(llama), pytest.raises(ValueError, match="`gpu_memory` must be a size"):
         haq.from_pretrained(llama, gpu_memory=memory)
+
+
+@pytest.mark.parametrize("memory", [True, 1.5, b"8GB"])
+def test_memory_of_another_type(llama: Path, memory: Any) -> None:
+    with unchanged(llama), pytest.raises(TypeError, match="`gpu_memory` must be a string"):
+        haq.from_pretrained(llama, gpu_memory=memory)
+
+
+def test_memory_in_two_tiers_is_for_mixtures_of_experts(llama: Path) -> None:
+    with unchanged(llama), pytest.raises(ValueError, match="must be a mixture of experts"):
+        haq.from_pretrained(llama, device="cpu", gpu_memory="8GB")
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, "bfloat16", float])

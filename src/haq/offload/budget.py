@@ -84,8 +84,10 @@ def parse_memory(memory: str | int, name: str = "gpu_memory", least: int = 1) ->
             f'`{name}` must be a string such as "16GiB" or a number of bytes, got {memory!r}.'
         )
     try:
-        digits = isinstance(memory, str) and memory.strip().isdecimal()
-        size = convert_file_size_to_int(int(memory) if digits else memory)
+        if isinstance(memory, int) or memory.strip().isdecimal():
+            size = int(memory)
+        else:
+            size = convert_file_size_to_int(memory.upper())  # "16gb" would be bits.
     except (ValueError, OverflowError):  # Of "infGB".
         size = least - 1
     if size < least:
@@ -146,7 +148,8 @@ def _sizes(model: nn.Module, experts: Iterable[nn.Module]) -> Iterator[tuple[nn.
                 seen.add(id(tensor))
                 size += tensor.nbytes
         if isinstance(module, Int8Linear):  # Its packed weight is no tensor of the module.
-            size += module.out_features * module.in_features
+            sums_of_rows = 4 * module.asymmetric
+            size += module.out_features * (module.in_features + sums_of_rows)
         yield module, size
 
 

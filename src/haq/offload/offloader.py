@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from haq.config import OffloadConfig
 from haq.devices import checked_device
 from haq.model.experts import check_in_one_place
+from haq.offload.budget import parse_memory
 from haq.offload.build import make_machine, residents_of
 from haq.offload.collect import experts_modules
 from haq.offload.costs import Costs
@@ -83,6 +84,7 @@ class ExpertOffloader:
         self.config = OffloadConfig() if config is None else config
         _check_types(model, statistics, self.config, costs)
         self.model, self.device = model, _checked(device)
+        parse_memory(self.config.pinned_memory, "pinned_memory", least=0)
         self._modules = experts_modules(model)
         check_in_one_place(model)
         self._weights = [_weights_of(name, m) for name, m in self._modules.items()]
@@ -129,6 +131,7 @@ class ExpertOffloader:
         if self.attached:
             raise RuntimeError("This `ExpertOffloader` is attached already. Call `detach()` first.")
         check_in_one_place(self.model)
+        self._look_again()
         stands: dict[str, OffloadedExperts] = {}
         machine: Machine | None = None
         try:
@@ -152,9 +155,11 @@ class ExpertOffloader:
                 ) from error
             raise
         self._machine = machine
-        # `to`, `half` and the like end here, before the first tensor has moved.
-        object.__setattr__(self.model, "_apply", lambda *_, **__: refuse("moved or cast"))
-        object.__setattr__(self.model, _ATTRIBUTE, self)
+        for module in self._around_experts():
+            # `to`, `half` and the like end here, before the first tensor has moved.
+            vars(module)["_apply"] = lambda *_, **__: refuse("moved or cast")
+            vars(module)["load_state_dict"] = lambda *_, **__: refuse("loaded into")
+        vars(self.model)[_ATTRIBUTE] = self
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         machine.meter.reset()
@@ -169,7 +174,9 @@ class ExpertOffloader:
         with machine.lock:
             self._last = self._report(machine)
             machine.close()
-            vars(self.model).pop("_apply", None)
+            for module in self._around_experts():
+                vars(module).pop("_apply", None)
+                vars(module).pop("load_state_dict", None)
             vars(self.model).pop(_ATTRIBUTE, None)
             stands = {n: self.model.get_submodule(n) for n in self._modules}
             self._restore({n: m for n, m in stands.items() if isinstance(m, OffloadedExperts)})
@@ -224,6 +231,26 @@ class ExpertOffloader:
             notes=tuple(notes),
             spans=tuple(machine.meter.spans),
         )
+
+    def _around_experts(self) -> list[nn.Module]:
+        """The model, and every module that has experts somewhere in it."""
+        names = {""}
+        for name in self._modules:
+            parts = name.split(".")[:-1]
+            names |= {".".join(parts[: i + 1]) for i in range(len(parts))}
+        return [self.model.get_submodule(name) for name in sorted(names)]
+
+    def _look_again(self) -> None:
+        """The weights of the experts, which may be others than when the plan was made."""
+        modules = experts_modules(self.model)
+        weights = [_weights_of(name, module) for name, module in modules.items()]
+        planned, found = ([each.shape for each in w] for w in (self._weights, weights))
+        if list(modules) != list(self._modules) or planned != found:
+            raise RuntimeError(
+                "The model is not the one that the placement was made for: its experts have other "
+                "shapes or dtypes now. Make a new `ExpertOffloader`."
+            )
+        self._modules, self._weights = modules, weights
 
     def _restore(self, stands: Mapping[str, OffloadedExperts]) -> None:
         """Everything on the CPU, and the model's own experts."""

@@ -58,14 +58,14 @@ def rehearse(model: PreTrainedModel, batch: int, length: int, names: Iterable[st
             f"What a {type(model).__name__} keeps for {batch} x {length} tokens cannot be found: "
             f"{error} Check that `config.max_length` is a length that the model takes."
         ) from error
-    seen: dict[int, Tensor] = {}
+    seen: dict[int, int] = {}
     _collect(getattr(outputs, "past_key_values", None), seen, set())
     experts = {stand.experts_per_token for stand in stands.values()}
     if len(experts) != 1:
         raise RuntimeError(
             f"Every layer must give a token the same number of experts, got {sorted(experts)}."
         )
-    return Rehearsal(sum(tensor.nbytes for tensor in seen.values()), experts.pop())
+    return Rehearsal(sum(seen.values()), experts.pop())
 
 
 class _NoExperts(nn.Module):
@@ -78,13 +78,17 @@ class _NoExperts(nn.Module):
         return hidden_states
 
 
-def _collect(value: Any, found: dict[int, Tensor], visited: set[int]) -> None:
-    """All tensors in a cache, whatever it is made of."""
+def _collect(value: Any, found: dict[int, int], visited: set[int]) -> None:
+    """Bytes of all memory that a cache holds, whatever it is made of.
+
+    A window's keys may be a view of those of the whole prompt, all of which stay for it.
+    """
     if id(value) in visited:
         return
     visited.add(id(value))
     if isinstance(value, Tensor):
-        found[id(value)] = value
+        storage = value.untyped_storage()
+        found[storage._cdata] = storage.nbytes()
     elif isinstance(value, dict):
         for each in value.values():
             _collect(each, found, visited)

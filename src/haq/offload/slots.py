@@ -264,7 +264,8 @@ class SpareSlots:
         for key in self._held:
             if key not in self._busy:
                 slot, filling = self._held.pop(key)
-                filling.cancel()
+                if filling.cancel():
+                    self.copied_bytes -= self._layers[key[0]].expert_bytes
                 self._waste(key)
                 return slot
         raise RuntimeError(f"All {self.capacity} spare slots are in use.")
