@@ -195,6 +195,7 @@ def choose_scale_of_layer(
     exact = linear(sample)
 
     def error(choice: Choice) -> float:
+        give_back()
         return float((_SimulatedInt8(linear, choice.scale)(sample) - exact).square().sum())
 
     return min(options, key=error)
@@ -296,7 +297,10 @@ class _SimulatedInt8(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         quantized = grid.fake_quantize_rows_(inputs * (1 / self._scale))
-        weight = self._on_the_grid() if self._weight is None else self._weight
+        weight = self._weight
+        if weight is None:
+            give_back()
+            weight = self._on_the_grid()
         return functional.linear(quantized, weight, bias_view(self._linear[0]))
 
     def _on_the_grid(self) -> Tensor:
