@@ -28,9 +28,9 @@ REAL = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 
 QUICK = {"hidden_size": 512, "intermediate_size": 1792, "num_attention_heads": 8}
 WINDOWS, LENGTH = 16, 256
 
-# While the Hessian [I, I] of a second linear is factored it exists three times, and its linear,
-# [D, I] in float32, is rounded in a copy.
-COPIES_OF_A_HESSIAN = 3
+# While the Hessian [I, I] of a second linear is factored it exists twice, and its linear, [D, I] in
+# float32, is rounded in a copy.
+COPIES_OF_A_HESSIAN = 2
 
 
 class PeakMemory:
