@@ -1,5 +1,5 @@
 # make quickstart   set everything up, then show the main job on a small trained model
-# make test         the tests
+# make test         the tests; make kernels those of the GPU's kernels, which need no GPU
 # make bench        speed on this machine, about ten minutes; make gpu on a CUDA device
 # make quality      what int8 costs trained models, and memory, about an hour: see the scripts
 # make vllm         vLLM serves what haq exports; sets up vLLM for the CPU, 3 GB and some minutes
@@ -23,13 +23,18 @@ VLLM_VENV ?= .venv-vllm
 VLLM_PIP = $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check --quiet
 
 .DELETE_ON_ERROR:
-.PHONY: quickstart test check style docs bench quality vllm gpu clean
+.PHONY: quickstart test kernels check style docs bench quality vllm gpu clean
 
 quickstart: $(VENV)/test.stamp
 	$(BIN)/python examples/quickstart.py
 
 test: $(VENV)/test.stamp
 	$(BIN)/python -m pytest
+
+# The GPU's kernels by Triton's interpreter. Triton is beside the environment: in it, transformers
+# would import it in every process.
+kernels: $(VENV)/test.stamp $(VENV)/kernels.stamp
+	PYTHONPATH=$(abspath $(VENV))/kernels $(BIN)/python -m pytest tests/int8/test_kernels.py
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check
@@ -68,6 +73,10 @@ $(TORCH_PIN): constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install $(TORCH)
 	$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $@
+
+$(VENV)/kernels.stamp: $(TORCH_PIN)
+	$(PIP) install --no-deps --target $(VENV)/kernels "triton>=3.4"
+	touch $@
 
 $(VENV)/%.stamp: $(TORCH_PIN) pyproject.toml
 	$(PIP) install --constraint $(TORCH_PIN) --editable ".[$*]"

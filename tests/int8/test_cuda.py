@@ -48,7 +48,7 @@ def test_the_proof_accepts_the_padding() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("name", ["int_mm", "reference"])
+@pytest.mark.parametrize("name", ["triton", "int_mm", "reference"])
 def test_a_gpu_is_exact(name: str) -> None:
     status = {(status.name, status.device): status for status in matmul.backends()}
     assert status[name, "cuda"].exact, status[name, "cuda"].reason

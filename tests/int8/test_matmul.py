@@ -291,7 +291,7 @@ def test_a_block_comes_before_the_environment(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_an_unknown_name_in_a_block() -> None:
-    message = "`name` must be one of fbgemm, onednn, int_mm, reference; got 'fast'"
+    message = "`name` must be one of fbgemm, onednn, int_mm, triton, reference; got 'fast'"
     with pytest.raises(ValueError, match=message), matmul.use_backend("fast"):
         pass
 

@@ -1,8 +1,10 @@
-"""The int8 product of an NVIDIA GPU: ``torch._int_mm``, whose cuBLASLt wants certain shapes.
+"""The int8 products of an NVIDIA GPU: Triton's kernels, or ``torch._int_mm`` where they fail.
 
-More than 16 rows, and both other dimensions multiples of 8. Zero rows and columns change no sum, so
+:mod:`haq.int8.kernels` has the kernels. cuBLASLt, behind ``torch._int_mm``, wants certain shapes:
+more than 16 rows, and both other dimensions multiples of 8. Zero rows and columns change no sum, so
 matrices are padded with them and the result is cut: exact, and ordinary shapes need no padding of
-the weight. The arithmetic around the product is plain torch and runs, and is tested, on any device.
+the weight. The arithmetic around that product is plain torch and runs, and is tested, on any
+device.
 """
 
 from collections.abc import Callable
@@ -13,6 +15,56 @@ from torch.nn import functional as F
 
 _MIN_ROWS = 17
 _MULTIPLE = 8
+
+
+class TritonWeight:
+    """A plain int8 weight, multiplied by the kernels of :mod:`haq.int8.kernels`.
+
+    Args:
+        weight: int8 ``[N, K]``, contiguous.
+        scale: float32 ``[N, 1]``.
+
+    Raises:
+        ImportError: Triton is not installed.
+    """
+
+    backend = "triton"
+
+    def __init__(self, weight: Tensor, scale: Tensor) -> None:
+        # Only here: Triton comes with torch for a GPU, and nobody else is to wait for its import.
+        from haq.int8 import kernels
+
+        self._kernels = kernels
+        self._weight = weight
+        self._scale = scale
+
+    def product(self, rounded: Tensor) -> Tensor:
+        return self._kernels.int8_product(rounded.to(torch.int8), self._weight, self._scale)
+
+    def linear(self, x: Tensor, bias: Tensor | None, row_sums: Tensor | None) -> Tensor:
+        """All of `haq.int8.matmul.linear`, in two or three launches.
+
+        Args:
+            x: float ``[..., K]``.
+            bias: float32 ``[N]``.
+            row_sums: float32 ``[N]``, for tokens with a zero point.
+
+        Returns:
+            ``[..., N]``, dtype of ``x``.
+        """
+        rows = x.reshape(-1, x.shape[-1])
+        tokens = self._kernels.quantize_tokens(rows, row_sums is not None)
+        result = self._kernels.int8_linear(
+            tokens, self._weight, self._scale, row_sums, bias, x.dtype
+        )
+        return result.view(*x.shape[:-1], result.shape[-1])
+
+    def unpack(self) -> Tensor:
+        return self._weight
+
+    def write(self, weight: Tensor) -> None:
+        """Take the numbers of another weight of the same shape, from any device."""
+        self._weight.copy_(weight, non_blocking=True)
 
 
 class PaddedWeight:

@@ -56,6 +56,7 @@ BACKENDS = (
     Backend("fbgemm", "cpu", cpu.FbgemmWeight),
     Backend("onednn", "cpu", cpu.OneDnnWeight),
     Backend("int_mm", "cpu", cpu.pack_for_int_mm),
+    Backend("triton", "cuda", cuda.TritonWeight),
     Backend("int_mm", "cuda", cuda.PaddedWeight),
     Backend("reference", None, reference.pack),
 )
@@ -89,6 +90,8 @@ def linear(
         >>> linear(torch.tensor([[127.0, 2.4]]), weight)
         tensor([[16129.,   129.]])
     """
+    if isinstance(weight, cuda.TritonWeight):
+        return weight.linear(x, bias, row_sums)
     rounded = round_tokens(x.reshape(-1, x.shape[-1]).contiguous(), row_sums is not None)
     result = product(rounded, weight, row_sums)  # [T, N] float32
     if bias is not None:
@@ -233,7 +236,8 @@ def _verdict(backend: Backend, device_type: str) -> Verdict:
 def _prove(backend: Backend, device: torch.device) -> Verdict:
     try:
         difference = reference.difference(backend.pack, device)
-    except (AttributeError, RuntimeError) as error:  # no such operator, or none for this device
+    # No such operator, none for this device, or what it needs is not installed.
+    except (AttributeError, ImportError, RuntimeError) as error:
         first_line = str(error).strip().partition("\n")[0]
         return Verdict(available=False, exact=False, reason=f"not available here: {first_line}")
     return Verdict(available=True, exact=not difference, reason=difference)
