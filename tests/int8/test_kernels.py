@@ -1,7 +1,7 @@
 """Triton's kernels without a GPU: their arithmetic, and what a GPU would be given to run.
 
 Triton decides when it is imported whether it interprets or compiles. So the tests of the arithmetic
-are in a file and a process of their own; this process compiles, which needs no GPU either.
+are in files and a process of their own; this process compiles, which needs no GPU either.
 """
 
 import os
@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-INTERPRETED_TESTS = Path(__file__).with_name("interpreted_kernels.py")
+INTERPRETED_TESTS = sorted(Path(__file__).parent.glob("interpreted_*.py"))
 
 needs_triton = pytest.mark.skipif(
     find_spec("triton") is None, reason="needs Triton: `make kernels` has it"
@@ -27,7 +27,7 @@ needs_triton = pytest.mark.skipif(
 def test_the_arithmetic_under_the_interpreter() -> None:
     arguments = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     done = subprocess.run(
-        [*arguments, str(INTERPRETED_TESTS)],
+        [*arguments, *map(str, INTERPRETED_TESTS)],
         env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
         cwd=Path(__file__).parents[2],
         capture_output=True,
@@ -54,7 +54,8 @@ def test_the_kernels_are_imported_only_for_a_gpu() -> None:
 def test_without_triton_the_backend_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     from haq.int8 import cuda, matmul
 
-    monkeypatch.delitem(sys.modules, "haq.int8.kernels", raising=False)
+    for name in [name for name in sys.modules if name.startswith("haq.int8.kernels")]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.delattr("haq.int8.kernels", raising=False)
     monkeypatch.setitem(sys.modules, "triton", None)
     verdict = matmul._prove(matmul.Backend("triton", "cpu", cuda.TritonWeight), torch.device("cpu"))
@@ -135,10 +136,10 @@ def assert_arithmetic(ptx: str) -> None:
 
 
 def test_every_plan_compiles(kernels: ModuleType) -> None:
-    for plan in {plan for plans in kernels._PLANS.values() for plan in plans}:
-        options = kernels._options(plan, columns=4096)
+    for plan in {plan for plans in kernels.linear._PLANS.values() for plan in plans}:
+        options = kernels.plans.options(plan, columns=4096)
         absent = {"shifts", "row_sums"} | (set() if plan.split > 1 else {"pieces"})
-        binary = compiled(kernels._linear_kernel, HOPPER, options, absent)
+        binary = compiled(kernels.linear._linear_kernel, HOPPER, options, absent)
         ptx = binary.asm["ptx"]
         assert re.search(r"mma\S*\.s32\.s8\.s8", ptx), "no tensor cores"
         assert "cp.async.c" in ptx, "no reads ahead"
@@ -151,12 +152,16 @@ def test_every_plan_compiles(kernels: ModuleType) -> None:
 def test_first_plans_compile_with_everything_and_fit_any_card(
     kernels: ModuleType, capability: int
 ) -> None:
-    products = [(kernels._linear_kernel, plans[0], {"pieces"}) for plans in kernels._PLANS.values()]
+    products = [
+        (kernels.linear._linear_kernel, plans[0], {"pieces"})
+        for plans in kernels.linear._PLANS.values()
+    ]
     of_experts: list[tuple[Any, Any, set[str]]] = [
-        (kernels._grouped_kernel, plans[0], set()) for plans in kernels._GROUPED_PLANS.values()
+        (kernels.grouped._grouped_kernel, plans[0], set())
+        for plans in kernels.grouped._PLANS.values()
     ]
     for kernel, plan, absent in products + of_experts:
-        binary = compiled(kernel, capability, kernels._options(plan, columns=4096), absent)
+        binary = compiled(kernel, capability, kernels.plans.options(plan, columns=4096), absent)
         ptx = binary.asm["ptx"]
         assert re.search(r"mma\S*\.s32\.s8\.s8", ptx), "no tensor cores"
         assert "cvt.rn.bf16" in ptx
@@ -169,15 +174,15 @@ def test_first_plans_compile_with_everything_and_fit_any_card(
 def test_rounding_compiles(kernels: ModuleType, capability: int, asymmetric: bool) -> None:
     absent = set() if asymmetric else {"shifts"}
     options = {"BLOCK": 4096, "num_warps": 8}
-    ptx = compiled(kernels._quantize_kernel, capability, options, absent).asm["ptx"]
+    ptx = compiled(kernels.tokens._quantize_kernel, capability, options, absent).asm["ptx"]
     assert "div.rn.f32" in ptx
     assert_arithmetic(ptx)
 
 
 @pytest.mark.parametrize("capability", [AMPERE, HOPPER])
 def test_adding_pieces_compiles(kernels: ModuleType, capability: int) -> None:
-    options = {"SPLIT": 4, "BLOCK_N": kernels._OUTS_AT_ONCE}
-    ptx = compiled(kernels._add_kernel, capability, options, set()).asm["ptx"]
+    options = {"SPLIT": 4, "BLOCK_N": kernels.linear._OUTS_AT_ONCE}
+    ptx = compiled(kernels.linear._add_kernel, capability, options, set()).asm["ptx"]
     assert "cvt.rn.bf16" in ptx
     assert_arithmetic(ptx)
 
@@ -197,7 +202,7 @@ def test_a_gpu_has_the_bits_of_the_cpu(
     with matmul.use_backend("reference"):
         expected = matmul.linear(x, matmul.pack(weight, scale), bias)
     tokens = kernels.quantize_tokens(x.cuda())
-    for plans in kernels._PLANS.values():
+    for plans in kernels.linear._PLANS.values():
         for plan in plans[:1] + plans[-1:]:
             result = kernels.int8_linear(
                 tokens, weight.cuda(), scale.cuda(), bias=bias.cuda(), dtype=dtype, plan=plan
