@@ -13,10 +13,10 @@ from haq.evaluation.experts import watching_experts
 from haq.evaluation.windows import (
     check_fits,
     cut_windows,
-    evaluating,
     numbered_windows,
     predictions,
 )
+from haq.model.modes import evaluating
 
 # Logits are widened to float32 for this many positions at a time: 131 MB for 128k token ids.
 _POSITIONS_AT_ONCE = 256

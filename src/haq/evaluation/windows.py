@@ -1,7 +1,6 @@
 """A text cut into windows, and what a model predicts in one of them."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -54,23 +53,6 @@ def check_fits(model: PreTrainedModel, name: str, windows: Tensor) -> None:
             f"`token_ids` must be from 0 to {vocabulary - 1}, the vocabulary of `{name}`, got "
             f"{lowest if lowest < 0 else highest}. Use the model's own tokenizer."
         )
-
-
-@contextmanager
-def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Without dropout and gradients; each module gets back the mode it was in.
-
-    Not `torch.inference_mode`: what a model computes once and keeps (position tables, packed
-    weights) would stay unusable for training.
-    """
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def numbered_windows(windows: Tensor, title: str, progress: bool) -> Iterator[tuple[int, Tensor]]:

@@ -6,7 +6,7 @@ that are watched, float or int8, on one side or on two.
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from haq.model.blocks import token_rows
 from haq.model.experts import ExpertList, is_experts, is_offloaded
 from haq.model.linears import weight_of
+from haq.model.modes import evaluating
 from haq.nn import Int8Experts
 
 
@@ -151,7 +152,7 @@ def _routing_of(
         for name, module in layers.items()
     ]
     try:
-        with _evaluating(model):
+        with evaluating(model):
             # The body, without the head; of a model without a prefix that is the model itself.
             model.base_model(**batch, use_cache=False)
     finally:
@@ -207,23 +208,6 @@ def _routing(name: str, index: Tensor, weights: Tensor, keep: Tensor) -> Routing
         chosen.to("cpu", torch.int64, copy=True).numpy(),
         given.to("cpu", torch.float64, copy=True).numpy(),
     )
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout, noise in the routers and gradients; modules get back their modes.
-
-    Not `torch.inference_mode`: what a model computes once and keeps (position tables, packed
-    weights) would stay unusable for training.
-    """
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _checked(where: str, batch: Any, model: PreTrainedModel) -> dict[str, Tensor]:
