@@ -60,9 +60,9 @@ def _measure(weights: ExpertWeights, device: torch.device, dtype: torch.dtype) -
     numbers = range(min(_EXPERTS, weights.num_experts))
     on_cpu = [weights.on_cpu(e) for e in numbers]
     cpu = [_seconds_of(weights, on_cpu, count, torch.device("cpu"), dtype) for count in (1, _MANY)]
-    if device.type == "cpu":
-        gpu, slot = cpu, _shared()
-    else:
+    slot: Slot = SharedSlot()
+    gpu = cpu
+    if device.type != "cpu":
         rooms = weights.slots(len(on_cpu), device)
         for room, expert in zip(rooms, numbers, strict=True):
             weights.write(room, weights.parts(expert))
@@ -72,10 +72,6 @@ def _measure(weights: ExpertWeights, device: torch.device, dtype: torch.dtype) -
     (gpu_expert, gpu_token), (cpu_expert, cpu_token) = _line(*gpu), _line(*cpu)
     round_trip = _round_trip(weights.hidden, device, dtype)
     return Costs(gpu_expert, gpu_token, cpu_expert, cpu_token, max(copy, _SHORTEST), round_trip)
-
-
-def _shared() -> Slot:
-    return SharedSlot()
 
 
 def _seconds_of(

@@ -17,6 +17,7 @@ from haq.offload.budget import (
     streamed_bytes,
     working_bytes,
 )
+from haq.offload.collect import number_of_experts
 from haq.offload.rehearsal import Rehearsal
 from haq.offload.routing import RoutingStatistics
 from haq.offload.weights import ExpertWeights, spare_slots
@@ -43,7 +44,7 @@ def known_statistics(
     Raises:
         ValueError: those that were given are of another model.
     """
-    layers, number = list(modules), _number(next(iter(modules.values())))
+    layers, number = list(modules), number_of_experts(modules)
     if given is not None:
         given.check(len(layers), number)
         own = RoutingStatistics(layers, number, experts_per_token)
@@ -115,9 +116,3 @@ def make_budget(
 
 def _too_small(budget: Budget) -> bool:
     return budget.experts is not None and budget.experts < 0
-
-
-def _number(module: nn.Module) -> int:
-    number = module.num_experts
-    assert isinstance(number, int)
-    return number
