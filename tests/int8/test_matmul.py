@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from haq.int8 import cpu, grid, matmul, reference, speed
+from haq.int8.tokens import row_sums
 
 Pack = Callable[[Tensor, Tensor], matmul.PackedWeight]
 RandomWeight = Callable[[int, int], tuple[Tensor, Tensor]]
@@ -85,6 +86,25 @@ def test_a_token_gives_the_same_bits_alone_and_in_a_batch(
     alone = torch.cat([matmul.linear(token, packed, bias)[None] for token in x])
     torch.testing.assert_close(apart, together, rtol=0, atol=0)
     torch.testing.assert_close(alone, together, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("with_bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize("asymmetric", [False, True], ids=["symmetric", "zero point"])
+@pytest.mark.parametrize("tokens", [64, 65, 128, 129, 300])
+def test_a_long_prompt_gives_the_bits_of_its_tokens(
+    pack: Pack, random_weight: RandomWeight, tokens: int, asymmetric: bool, with_bias: bool
+) -> None:
+    weight, scale = random_weight(9, 65)
+    packed = pack(weight, scale)
+    bias = torch.randn(9) if with_bias else None
+    sums = row_sums(weight, scale) if asymmetric else None
+    x = torch.randn(2, tokens, 65).bfloat16()
+    x[1, -1, 3] = torch.nan
+    together = matmul.linear(x, packed, bias, sums)
+    assert together.shape == (2, tokens, 9)
+    alone = torch.stack([matmul.linear(token, packed, bias, sums) for token in x.view(-1, 65)])
+    torch.testing.assert_close(together.view(-1, 9), alone, rtol=0, atol=0, equal_nan=True)
+    assert together.isnan().any(-1).sum() == 1
 
 
 @given(st.integers(1, 20), st.integers(0, 2**31), st.sampled_from(DTYPES))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from haq.int8 import grid, matmul
-from haq.int8.tokens import round_tokens, row_sums
+from haq.int8.tokens import round_tokens, rounded_rows, row_sums
 
 Pack = Callable[[Tensor, Tensor], matmul.PackedWeight]
 RandomWeight = Callable[[int, int], tuple[Tensor, Tensor]]
@@ -52,6 +52,22 @@ def test_integers_with_a_zero_point_are_numpys(dtype: torch.dtype, offset: float
     torch.testing.assert_close(rounded.integers, torch.from_numpy(integers - 128), rtol=0, atol=0)
     torch.testing.assert_close(rounded.scale, torch.from_numpy(scale), rtol=0, atol=0)
     torch.testing.assert_close(rounded.shift, torch.from_numpy(128 - zero), rtol=0, atol=0)
+    torch.testing.assert_close(tokens, before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("asymmetric", [False, True], ids=["symmetric", "zero point"])
+@pytest.mark.parametrize("count", [0, 1, 64, 65, 128, 200])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_long_prompts_are_rounded_as_short_ones(
+    count: int, asymmetric: bool, dtype: torch.dtype
+) -> None:
+    tokens = (torch.randn(count, 33) + 1).to(dtype)
+    before = tokens.clone()
+    rounded, expected = rounded_rows(tokens, asymmetric), round_tokens(tokens, asymmetric)
+    assert (rounded.integers.dtype == torch.int8) == (count > 64)
+    torch.testing.assert_close(rounded.integers.float(), expected.integers, rtol=0, atol=0)
+    torch.testing.assert_close(rounded.scale, expected.scale, rtol=0, atol=0)
+    torch.testing.assert_close(rounded.shift, expected.shift, rtol=0, atol=0)
     torch.testing.assert_close(tokens, before, rtol=0, atol=0)
 
 

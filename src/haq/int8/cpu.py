@@ -42,7 +42,7 @@ class FbgemmWeight:
         self._linear = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
 
     def product(self, rounded: Tensor) -> Tensor:
-        product: Tensor = self._linear(rounded, 1.0, _ZERO_POINT, self._packed)
+        product: Tensor = self._linear(rounded.float(), 1.0, _ZERO_POINT, self._packed)
         return product
 
     def unpack(self) -> Tensor:
@@ -75,10 +75,14 @@ class OneDnnWeight:
 
     def product(self, rounded: Tensor) -> Tensor:
         tokens = len(rounded)
-        integers = rounded.new_empty(_filled_up(tokens), rounded.shape[1], dtype=torch.int8)
-        integers[:tokens] = rounded  # What is in the rows below changes nothing in these.
+        rows = _filled_up(tokens)
+        if rows == tokens:
+            integers = rounded.to(torch.int8)
+        else:  # What is in the rows below changes nothing in these.
+            integers = rounded.new_empty(rows, rounded.shape[1], dtype=torch.int8)
+            integers[:tokens] = rounded
         product: Tensor = self._linear(
-            integers.bitwise_xor_(-_ZERO_POINT).view(torch.uint8),  # q + 128
+            integers.bitwise_xor(-_ZERO_POINT).view(torch.uint8),  # q + 128
             1.0,  # scale and zero point of the input
             _ZERO_POINT,
             self._packed,

@@ -27,8 +27,9 @@ import torch
 from torch import Tensor
 
 from haq.int8 import cpu, cuda, reference, speed
+from haq.int8.once import once
 from haq.int8.reference import PackedWeight
-from haq.int8.tokens import RoundedTokens, round_tokens
+from haq.int8.tokens import RoundedTokens, rounded_rows
 
 MAX_IN_FEATURES = (2**31 - 1) // (128 * 128)
 """Longer sums could leave int32: 131 071."""
@@ -92,11 +93,48 @@ def linear(
     """
     if isinstance(weight, cuda.TritonWeight):
         return weight.linear(x, bias, row_sums)
-    rounded = round_tokens(x.reshape(-1, x.shape[-1]).contiguous(), row_sums is not None)
-    result = product(rounded, weight, row_sums)  # [T, N] float32
-    if bias is not None:
-        result.add_(bias)
-    return result.to(x.dtype).view(*x.shape[:-1], result.shape[-1])
+    make = _symmetric if row_sums is None else _with_zero_points
+    tokens = once(x, make, weight, make)
+    count = len(tokens.scale)
+    if count <= _ROWS_AT_ONCE:
+        result = product(tokens, weight, row_sums)  # [T, N] float32
+        if bias is not None:
+            result.add_(bias)
+        return result.to(x.dtype).view(*x.shape[:-1], result.shape[-1])
+    return _long_linear(tokens, weight, bias, row_sums, x.dtype).view(*x.shape[:-1], -1)
+
+
+# Tokens whose products are rescaled and cast while they are in the cache.
+_ROWS_AT_ONCE = 128
+
+
+def _symmetric(x: Tensor) -> RoundedTokens:
+    return rounded_rows(x.reshape(-1, x.shape[-1]).contiguous())
+
+
+def _with_zero_points(x: Tensor) -> RoundedTokens:
+    return rounded_rows(x.reshape(-1, x.shape[-1]).contiguous(), asymmetric=True)
+
+
+def _long_linear(
+    tokens: RoundedTokens,
+    weight: PackedWeight,
+    bias: Tensor | None,
+    row_sums: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`linear` for many tokens, some at a time: ``[T, N]``."""
+    out = None
+    for start in range(0, len(tokens.scale), _ROWS_AT_ONCE):
+        here = slice(start, start + _ROWS_AT_ONCE)
+        result = product(tokens[here], weight, row_sums)
+        if bias is not None:
+            result.add_(bias)
+        if out is None:
+            out = result.new_empty(len(tokens.scale), result.shape[1], dtype=dtype)
+        out[here] = result
+    assert out is not None
+    return out
 
 
 def product(

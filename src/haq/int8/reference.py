@@ -7,6 +7,7 @@ Longer rows are cut into pieces of that length whose sums are added in int32. Re
 modes (TF32, bf16) do no harm: int8 fits their 8 bits of significand, and they too add in float32.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -30,7 +31,7 @@ class PackedWeight(Protocol):
         """Exact integer sums, times the scales of the weight.
 
         Args:
-            rounded: float32 ``[T, K]`` of integers in [-128, 127], contiguous. May be overwritten.
+            rounded: float32 or int8 ``[T, K]``, integers in [-128, 127], contiguous; unchanged.
 
         Returns:
             float32 ``[T, N]``, a new tensor: ``float(sum) * scale``, rounded in this order.
@@ -120,8 +121,9 @@ def difference(pack: Callable[[Tensor, Tensor], PackedWeight], device: torch.dev
     packed = pack(weight.to(device), scale.to(device))
     if not torch.equal(packed.unpack().cpu(), weight):
         return "it does not give a packed weight back unchanged"
-    for tokens in (slice(0, 1), slice(1, 2), slice(2, 3), slice(0, 5), slice(0, len(inputs))):
-        product = packed.product(inputs[tokens].float().to(device)).cpu()
+    rows = (slice(0, 1), slice(1, 2), slice(2, 3), slice(0, 5), slice(0, len(inputs)))
+    for tokens, dtype in itertools.product(rows, (torch.float32, torch.int8)):
+        product = packed.product(inputs[tokens].to(device, dtype)).cpu()
         wrong = int((product != expected[tokens]).sum())
         if wrong:
             return (

@@ -125,18 +125,21 @@ class Int8Linear(nn.Module):
         """
         if not x.is_floating_point():
             raise TypeError(f"The input must be a float tensor, got {x.dtype}.")
-        if x.shape[-1:] != (self.in_features,):
+        if not x.dim() or x.shape[-1] != self.in_features:
             raise ValueError(
                 f"The input must have shape [..., {self.in_features}] for in_features="
                 f"{self.in_features}, got {list(x.shape)}."
             )
-        if x.requires_grad:
-            x = x.detach()
         if torch.compiler.is_compiling():
             # An operator of our own costs eager mode tens of microseconds, so only the compiler,
             # which cannot look into packed weights, is shown one.
-            compiled: Tensor = torch.ops.haq.int8_linear(x, self._handle, self.out_features)
+            compiled: Tensor = torch.ops.haq.int8_linear(
+                x.detach(), self._handle, self.out_features
+            )
             return compiled
+        if x.requires_grad:
+            with torch.no_grad():  # Detached, it would be another tensor to each layer.
+                return self._linear(x)
         return self._linear(x)
 
     def _linear(self, x: Tensor) -> Tensor:
@@ -281,7 +284,8 @@ class Int8Linear(nn.Module):
 def _int8_linear(x: Tensor, handle: int, out_features: int) -> Tensor:
     layer = registered(handle)
     assert isinstance(layer, Int8Linear)
-    return layer._linear(x)
+    # A tensor object of its own: compiled code writes to memory that it reuses without a trace.
+    return layer._linear(x.detach())
 
 
 @_int8_linear.register_fake
