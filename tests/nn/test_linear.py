@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -344,6 +345,20 @@ def test_a_pickle_holds_the_plain_weight(parts: dict[str, Tensor]) -> None:
     state = Int8Linear(**parts).__getstate__()
     torch.testing.assert_close(state["_weight"], parts["weight"], rtol=0, atol=0)
     assert "_packed" not in state
+
+
+def test_many_layers_reach_a_new_process(x: Tensor, tmp_path: Path) -> None:
+    """Each weight is unpacked for the passage, and gone before the next one follows."""
+    layers = nn.Sequential(*(Int8Linear.from_float(torch.randn(9, IN_FEATURES)) for _ in range(20)))
+    path = tmp_path / "layers.pt"
+    context = torch.multiprocessing.get_context("spawn")
+    process = context.Process(target=torch.save, args=(layers, path))
+    process.start()
+    process.join(100)
+    assert process.exitcode == 0
+    for layer, twin in zip(layers, torch.load(path, weights_only=False), strict=True):
+        assert isinstance(layer, Int8Linear)
+        assert_same(layer, twin, x)
 
 
 # --- The compiler ---------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """A linear layer whose weight and input are int8 and whose product runs in int8."""
 
 from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.context import get_spawning_popen
 from typing import Any, Self
 
 import torch
@@ -270,11 +271,16 @@ class Int8Linear(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         state = {key: value for key, value in self.__dict__.items() if key not in _DERIVED}
-        return {**state, "_weight": self.weight}
+        weight = self.weight
+        if get_spawning_popen() is None or weight.device.type != "cpu":
+            return {**state, "_weight": weight}
+        # A tensor is passed to a new process by the number of an open file, which the next
+        # temporary weight gets, too, if this one is gone by then.
+        return {**state, "_weight": weight.numpy()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
-        weight = state.pop("_weight")
+        weight = torch.as_tensor(state.pop("_weight"))
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._buffers = dict(self._buffers)  # A shallow copy must not keep half of a loaded state.
         self._set_weight(weight)

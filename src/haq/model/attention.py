@@ -1,0 +1,82 @@
+"""An attention implementation for `transformers`: its own, and a faster one for one new token.
+
+It is registered by the name `NAME`, and `model.set_attn_implementation("sdpa")` takes it back.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from haq.nn.attention import attend
+
+NAME = "haq"
+
+# What it is about: in float32 torch's own is as fast.
+_DTYPES = (torch.bfloat16, torch.float16)
+
+# Arguments that change nothing about one token's attention where they are None or False.
+_MORE = ("position_bias", "cache", "softcap", "s_aux", "output_attentions")
+
+
+def use_fast_attention(model: PreTrainedModel) -> None:
+    """Let a model that uses torch's attention use haq's where that is the faster one.
+
+    That is on a CPU, in 16 bits, for one new token. Everywhere else, on a GPU too, it computes what
+    it computed before. A model that uses another implementation, or cannot change it, is left as
+    it is.
+    """
+    if model.config._attn_implementation == "sdpa" and model._supports_attention_backend:
+        model.set_attn_implementation(NAME)
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """What `transformers` calls: its ``sdpa``, but for one new token on a CPU.
+
+    Args:
+        module: the attention layer.
+        query: float ``[B, H, Q, D]``.
+        key: float ``[B, G, T, D]``.
+        value: float ``[B, G, T, V]``.
+        attention_mask: as for ``sdpa``.
+        dropout: as for ``sdpa``.
+        scaling: of the scores.
+        **kwargs: what ``sdpa`` takes.
+
+    Returns:
+        ``[B, Q, H, V]`` and None.
+    """
+    if (
+        query.shape[2] == 1
+        and query.device.type == "cpu"
+        and query.dtype in _DTYPES
+        and not dropout
+        and len(query) == len(key)
+        and not any(_given(kwargs.get(name)) for name in _MORE)
+    ):
+        attended = attend(query, key, value, attention_mask, scaling)
+        return attended.transpose(1, 2).contiguous(), None
+    result: tuple[Tensor, None] = sdpa_attention_forward(
+        module, query, key, value, attention_mask, dropout, scaling, **kwargs
+    )
+    return result
+
+
+def _given(value: object) -> bool:
+    return value is not None and value is not False
+
+
+AttentionInterface.register(NAME, attention_forward)
+AttentionMaskInterface.register(NAME, sdpa_mask)

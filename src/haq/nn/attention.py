@@ -1,0 +1,59 @@
+"""Attention of one new token to all before it, on a CPU, for models in 16 bits.
+
+torch's own attends as to a prompt: it packs keys and values for matrix products that then have one
+row. With one thread of a Zen 4 and 32 heads over 8 of keys and values that takes 0.6 ms for 129
+tokens and 11 ms for 2048, in every layer: more than the int8 weights of the layer.
+"""
+
+import torch
+from torch import Tensor
+
+# Keys are cast so many numbers at a time: the cache holds them, and the next cast finds memory that
+# is in use already.
+_NUMBERS = 2**20
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None
+) -> Tensor:
+    """``softmax(query @ key.T * scale + mask) @ value`` in float32, for one query of each head.
+
+    Args:
+        query: float ``[B, H, 1, D]``.
+        key: float ``[B, G, T, D]``; H is a multiple of G, and H / G heads in a row share a key.
+        value: float ``[B, G, T, V]``.
+        mask: bool, or float to be added, that broadcasts to ``[B, H, 1, T]``; None for none.
+        scale: None for ``D ** -0.5``.
+
+    Returns:
+        ``[B, H, 1, V]`` in the dtype of ``value``.
+
+    Examples:
+        >>> key = torch.tensor([[[[8.0, 0.0], [0.0, 8.0]]]])
+        >>> attend(torch.tensor([[[[9.0, 0.0]]]]), key, torch.eye(2)[None, None], None, 1.0)
+        tensor([[[[1.0000e+00, 5.3802e-32]]]])
+    """
+    batch, heads, _, size = query.shape
+    groups, tokens = key.shape[1:3]
+    shared = heads // groups
+    queries = (query.float() * (size**-0.5 if scale is None else scale)).reshape(-1, shared, size)
+    keys, values = key.flatten(0, 1), value.flatten(0, 1)  # [B G, T, ...]
+    if mask is not None:
+        mask = mask.expand(batch, heads, 1, tokens).reshape(-1, shared, tokens)
+    at_once = max(1, _NUMBERS // max(1, tokens * size))
+    if torch.compiler.is_compiling():  # It cuts loops by itself.
+        at_once = len(keys)
+    result = value.new_empty(len(keys), shared, value.shape[-1])
+    for start in range(0, len(keys), at_once):
+        here = slice(start, start + at_once)
+        scores = torch.bmm(queries[here], keys[here].float().transpose(1, 2))
+        if mask is not None:
+            scores = _masked(scores, mask[here])
+        result[here] = torch.bmm(torch.softmax(scores, -1), values[here].float())
+    return result.view(batch, heads, 1, -1)
+
+
+def _masked(scores: Tensor, mask: Tensor) -> Tensor:
+    if mask.dtype == torch.bool:
+        return scores.masked_fill(~mask, -torch.inf)
+    return scores + mask

@@ -1,0 +1,116 @@
+"""The attention implementation that quantized models use, in transformers' own models."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.integrations import sdpa_attention
+
+from haq.model import attention
+from haq.model.attention import NAME, use_fast_attention
+from tests.architectures import ARCHITECTURES, MIXTURES, token_ids
+
+MODELS = ARCHITECTURES | MIXTURES
+
+# Theirs is no torch attention, or is not to be changed.
+OTHERS = {"gemma2", "gptj", "bloom", "gpt-oss", "jamba", "nemotron-h"}
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many tokens were attended to, each time the fast one was used."""
+    seen: list[int] = []
+    original = attention.attend
+
+    def note(query: Tensor, key: Tensor, *rest: Tensor) -> Tensor:
+        seen.append(key.shape[2])
+        return original(query, key, *rest)
+
+    monkeypatch.setattr(attention, "attend", note)
+    return seen
+
+
+@torch.no_grad()
+def decoded(model: PreTrainedModel) -> Tensor:
+    """Logits of three tokens, one after the other, behind prompts of different lengths."""
+    tokens = token_ids(2, 15)
+    mask = torch.ones_like(tokens)
+    mask[1, :4] = 0
+    state = model(tokens[:, :12], attention_mask=mask[:, :12], use_cache=True)
+    logits = []
+    for end in range(13, 16):
+        state = model(
+            tokens[:, end - 1 : end],
+            attention_mask=mask[:, :end],
+            past_key_values=state.past_key_values,
+        )
+        logits.append(state.logits.double())
+    return torch.cat(logits)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_it_is_as_near_to_float32_as_torchs(name: str, calls: list[int]) -> None:
+    model = MODELS[name]().bfloat16()
+    exact = decoded(copy.deepcopy(model).float())
+    theirs = decoded(model)
+    use_fast_attention(model)
+    assert not calls
+    ours = decoded(model)
+    assert bool(calls) == (name not in OTHERS)
+    errors = [((logits - exact).norm() / exact.norm()).item() for logits in (ours, theirs)]
+    assert errors[0] < 1.5 * errors[1] + 1e-3
+    model.set_attn_implementation(model.config._attn_implementation.replace(NAME, "sdpa"))
+    assert torch.equal(decoded(model), theirs)
+
+
+def test_everything_else_is_torchs(calls: list[int]) -> None:
+    model = ARCHITECTURES["llama"]()
+    tokens = token_ids(2, 15)
+    expected = [model(tokens).logits, decoded(model)]  # Prompts, and one token in float32.
+    use_fast_attention(model)
+    assert model.config._attn_implementation == NAME
+    for before, now in zip(expected, [model(tokens).logits, decoded(model)], strict=True):
+        assert torch.equal(now, before)
+    model.bfloat16()
+    in_training = model.train()
+    for layer in in_training.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    decoded(in_training)
+    assert not calls
+
+
+@pytest.mark.parametrize("implementation", ["eager", "flex_attention"])
+def test_what_the_user_chose_stays(implementation: str) -> None:
+    model = ARCHITECTURES["llama"]()
+    model.set_attn_implementation(implementation)
+    use_fast_attention(model)
+    assert model.config._attn_implementation == implementation
+
+
+def test_a_model_of_it_copies_pickles_and_saves(tmp_path: str) -> None:
+    model = ARCHITECTURES["qwen2"]().bfloat16()
+    use_fast_attention(model)
+    expected = decoded(model)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert twin.config._attn_implementation == NAME
+        assert torch.equal(decoded(twin), expected)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert loaded.config._attn_implementation == "sdpa"
+
+
+def test_arguments_that_it_does_not_know_are_torchs(calls: list[int]) -> None:
+    query, key = torch.randn(1, 2, 1, 8).bfloat16(), torch.randn(1, 2, 5, 8).bfloat16()
+    module = torch.nn.Module()
+    bias = torch.randn(1, 2, 1, 5).bfloat16()
+    result, _ = attention.attention_forward(module, query, key, key, None, position_bias=bias)
+    expected, _ = sdpa_attention.sdpa_attention_forward(
+        module, query, key, key, None, position_bias=bias
+    )
+    assert torch.equal(result, expected)
+    assert not calls
+    attention.attention_forward(module, query, key, key, None, position_bias=None)
+    assert calls == [5]
