@@ -3,27 +3,30 @@
     make gpu                                     or: python benchmarks/gpu.py
     python benchmarks/gpu.py --device cpu        the checks only, to see that they run
 
-Right: each backend's proof, the bits of `Int8Linear` and of the kernels for experts against the
-CPU's, and the shipped models, a dense one and a mixture of experts, quantized on the device against
-the same on the CPU. Fast: `Int8Linear` with Triton's kernels beside `torch._int_mm` and `nn.Linear`
-in bfloat16, and all experts of a layer of Mixtral's shape beside the same in bfloat16, weights
-rotated past the cache, and beside the bandwidth of a copy on the device.
+Right: each backend's proof, the bits of `Int8Linear`, of the kernels for experts and of
+`Int8Experts` against the CPU's, fused norms against plain ones, the shipped models, a dense one and
+a mixture of experts, quantized on the device against the same on the CPU, and a model whose step of
+decoding is a CUDA graph against the same step by step. Fast: that step beside bfloat16, the experts
+of a layer of Mixtral beside torch's grouped products, the quantizing of a block of Mixtral, norms
+fused with what follows and not, and `Int8Linear` with Triton's kernels beside `torch._int_mm` and
+`nn.Linear`; all beside the bandwidth of a copy on the device. What there is no time for is named.
 """
 
 import argparse
 import copy
 import itertools
-import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import gpu_layers
+import gpu_models
 import harness
+import roofline
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from gpu_timing import TimeLimit
 from transformers import AutoModelForCausalLM
 
 import haq
@@ -31,22 +34,15 @@ from haq import Int8Linear
 from haq.int8 import matmul
 
 MODELS = Path(__file__).parents[1] / "examples/tiny_models"
-SHAPES = [(14336, 4096), (4096, 14336), (4096, 4096)]  # [N, K]
-TOKENS = [1, 4, 16, 256, 4096]
-ROUNDS = 21
 
-# The two matrices of each of Mixtral's experts, [N, K], and how many there are.
-EXPERT_SHAPES = [(28672, 4096), (4096, 14336)]
-EXPERTS, EXPERTS_PER_TOKEN = 8, 2
-EXPERT_TOKENS = [1, 128]
+# Nothing is begun later than this, so that `make gpu` is done in nine minutes.
+MOST_SECONDS = 240
 
 # Up to so many tokens a product takes as long as reading the weight.
 DECODE_TOKENS = 16
 
-# More than twice the cache of today's largest GPUs.
-CACHE_BYTES = 256 * 2**20
-
-Run = Callable[[], object]
+# What Triton's kernels were to reach, at decode and with a long prompt.
+TIMES_BF16, TIMES_BF16_LONG, SHARE_OF_COPY = 1.7, 1.5, 0.85
 
 
 def check_products(device: torch.device) -> None:
@@ -144,157 +140,52 @@ def check_model(name: str, device: torch.device) -> None:
     )
 
 
-def seconds(run: Run) -> float:
-    """Per call, on the device's own clock."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(20):
-        run()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end) / 20 / 1e3
+def check(device: torch.device) -> None:
+    """Everything is right, or the program ends."""
+    check_products(device)
+    check_experts(device)
+    gpu_layers.check_int8_experts(device)
+    gpu_layers.check_norm(device)
+    for name in ("opt-python", "mixtral-python"):
+        check_model(name, device)
+    gpu_models.check_steps(gpu_models.models(device, gpu_models.TINY_LLAMA))
+    gpu_models.check_compiled(device)
 
 
-def in_one_graph(runs: Sequence[Run]) -> Run:
-    """All runs as one CUDA graph, in which no launch is waited for."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # The first calls measure, compile and allocate.
-        for run in runs:
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for run in runs:
-            run()
-    return graph.replay
+def measure(device: torch.device, time: TimeLimit) -> tuple[list[Any], list[Any]]:
+    """Rows of times, and what quantizing takes; what matters most comes first."""
+    rows = time.run("decoding", partial(measure_decode, device))
+    rows += time.run("experts", gpu_layers.measure_int8_experts)
+    quantizing = time.run("quantizing a block", gpu_models.measure_quantizing)
+    rows += time.run("norms", gpu_layers.measure_norm)
+    backends = [name for name in ("int_mm", "triton") if exact(name, device)]
+    for shape in gpu_layers.LINEAR_SHAPES:
+        work = partial(gpu_layers.measure_linear, shape, backends)
+        rows += time.run(f"linear layers of {shape}", work)
+    return rows, quantizing
 
 
-def measure(candidates: dict[str, list[Run]], weight_bytes: int) -> dict[str, Any]:
-    """Time calls in turn, one by one as they are and all together in a CUDA graph.
+def measure_decode(device: torch.device) -> list[dict[str, Any]]:
+    models = gpu_models.models(device, gpu_models.LLAMA)
+    gpu_models.check_steps(models)
+    return gpu_models.measure_decode(models)
 
-    Args:
-        candidates: by name, the same call for each of several weights. Those whose names begin with
-            "bf16" are baselines, of which the fastest counts.
-        weight_bytes: what a call of the others reads.
 
-    Returns:
-        By name, milliseconds as called from Python and in a graph, and for what is no baseline how
-        many times faster it is and its share of the bandwidth of a copy, both in the graph.
-    """
-    source = torch.empty(CACHE_BYTES, dtype=torch.int8, device="cuda")
-    copying = partial(torch.empty_like(source).copy_, source)
-    graphs = {name: in_one_graph(runs) for name, runs in candidates.items()}
-    eager = {name: harness.rotating(runs) for name, runs in candidates.items()}
-    for run in (copying, *graphs.values(), *eager.values()):
-        seconds(run)
-    rounds = [
-        (
-            seconds(copying),
-            {name: seconds(run) for name, run in eager.items()},
-            {name: seconds(run) / len(candidates[name]) for name, run in graphs.items()},
-        )
-        for _ in range(ROUNDS)
-    ]
-    result: dict[str, Any] = {}
-    for name in candidates:
-        result[name] = {
-            "graph_ms": statistics.median(graph[name] for _, _, graph in rounds) * 1e3,
-            "eager_ms": statistics.median(eager[name] for _, eager, _ in rounds) * 1e3,
-        }
-        if name.startswith("bf16"):
+def targets(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    results = []
+    for row, name in itertools.product(rows, ("triton", "int8")):
+        run = row["runs"].get(name)
+        if run is None:
             continue
-        result[name]["times_bf16"] = statistics.median(
-            min(graph[other] for other in graph if other.startswith("bf16")) / graph[name]
-            for _, _, graph in rounds
-        )
-        # A copy reads and writes; the weight is only read.
-        result[name]["share_of_copy_bandwidth"] = statistics.median(
-            weight_bytes / graph[name] / (2 * CACHE_BYTES / copying_takes)
-            for copying_takes, _, graph in rounds
-        )
-    return result
-
-
-def measure_linear(shape: tuple[int, int], backends: Sequence[str]) -> list[dict[str, Any]]:
-    rows, columns = shape
-    copies = -(-CACHE_BYTES // (rows * columns))
-    layers: dict[str, list[nn.Module]] = {
-        "bf16": [
-            nn.Linear(columns, rows, bias=False, dtype=torch.bfloat16, device="cuda")
-            for _ in range(copies)
-        ]
-    }
-    for name in backends:
-        with matmul.use_backend(name):
-            layers[name] = [Int8Linear.from_float(layer.weight) for layer in layers["bf16"]]
-    results = []
-    for tokens in TOKENS:
-        x = torch.randn(tokens, columns, device="cuda").bfloat16()
-        calls = {name: [partial(layer, x) for layer in some] for name, some in layers.items()}
-        results.append(
-            {"shape": list(shape), "tokens": tokens, "runs": measure(calls, rows * columns)}
-        )
+        what = f"{name}, {row['what']}, {row['tokens']} tokens"
+        if row["tokens"] <= DECODE_TOKENS:
+            results.append(harness.target(f"{what}: times bf16", run["times_bf16"], TIMES_BF16))
+            share = run["share_of_roofline"]
+            results.append(harness.target(f"{what}: share of copy", share, SHARE_OF_COPY))
+        elif row["tokens"] == max(gpu_layers.LINEAR_TOKENS):
+            at_least = TIMES_BF16_LONG
+            results.append(harness.target(f"{what}: times bf16", run["times_bf16"], at_least))
     return results
-
-
-def measure_experts(shape: tuple[int, int], backends: Sequence[str]) -> list[dict[str, Any]]:
-    """One of the matrices of all experts of a layer; every token reads two of them."""
-    rows, columns = shape
-    floats = torch.randn(EXPERTS, rows, columns, dtype=torch.bfloat16, device="cuda")
-    with matmul.use_backend(backends[0]):
-        layers = [Int8Linear.from_float(weight) for weight in floats]
-    weight = torch.stack([layer.weight for layer in layers])
-    scale = torch.stack([layer.weight_scale for layer in layers])
-    results = []
-    for tokens in EXPERT_TOKENS:
-        x = torch.randn(tokens, columns, device="cuda").bfloat16()
-        chosen = min(EXPERTS, tokens * EXPERTS_PER_TOKEN)
-        each = tokens * EXPERTS_PER_TOKEN // chosen  # rows of each expert that was chosen
-        index = torch.arange(chosen * each, device="cuda") % tokens
-        offsets = torch.arange(1, chosen + 1, device="cuda", dtype=torch.int32) * each
-        calls: dict[str, list[Run]] = {name: [] for name in ("bf16", "bf16 grouped", *backends)}
-        for first in range(0, EXPERTS, chosen):  # Other experts each time.
-            some = range(first, first + chosen)
-            linears = [partial(F.linear, weight=floats[expert]) for expert in some]
-            calls["bf16"].append(partial(one_by_one, linears, x, index))
-            stacked = floats[first : first + chosen].transpose(1, 2)
-            calls["bf16 grouped"].append(partial(grouped_floats, x, index, stacked, offsets))
-            if "int_mm" in backends:
-                int8s = [layers[expert] for expert in some]
-                calls["int_mm"].append(partial(one_by_one, int8s, x, index))
-            if "triton" in backends:
-                groups = [(expert, place * each, each) for place, expert in enumerate(some)]
-                calls["triton"].append(partial(grouped_int8(groups), x, index, weight, scale))
-        try:
-            calls["bf16 grouped"][0]()
-        except (AttributeError, RuntimeError) as error:
-            print("torch multiplies no groups here:", str(error).partition("\n")[0])
-            del calls["bf16 grouped"]
-        runs = measure(calls, chosen * rows * columns)
-        results.append({"shape": [EXPERTS, *shape], "tokens": tokens, "runs": runs})
-    return results
-
-
-def one_by_one(layers: Sequence[Callable[[Tensor], Tensor]], x: Tensor, index: Tensor) -> Tensor:
-    parts = zip(layers, x[index].chunk(len(layers)), strict=True)
-    return torch.cat([layer(part) for layer, part in parts])
-
-
-def grouped_floats(x: Tensor, index: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    return F.grouped_mm(x[index], weight, offs=offsets)
-
-
-def grouped_int8(groups: list[tuple[int, int, int]]) -> Callable[..., Tensor]:
-    from haq.int8 import kernels
-
-    tiles = kernels.row_tiles(groups, "cuda")
-
-    def run(x: Tensor, index: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-        tokens = kernels.quantize_tokens(x)
-        return kernels.grouped_linear(tokens, weight, scale, tiles, index=index, dtype=x.dtype)
-
-    return run
 
 
 def main() -> None:
@@ -303,52 +194,24 @@ def main() -> None:
     device = torch.device(parser.parse_args().device)
     if device.type == "cuda" and not torch.cuda.is_available():
         sys.exit("no CUDA device here; `--device cpu` runs the checks")
+    time = TimeLimit(MOST_SECONDS)
     facts = harness.card()
     harness.print_card(__doc__, facts)
     with torch.no_grad():
-        check_products(device)
-        check_experts(device)
-        for name in ("opt-python", "mixtral-python"):
-            check_model(name, device)
+        check(device)
         if device.type != "cuda":
             return
-        backends = [name for name in ("int_mm", "triton") if exact(name, device)]
-        rows = [row for shape in SHAPES for row in measure_linear(shape, backends)]
-        rows += [row for shape in EXPERT_SHAPES for row in measure_experts(shape, backends)]
+        rows, quantizing = measure(device, time)
     print("Milliseconds in a CUDA graph, and as called from Python.")
-    harness.print_table(
-        ("shape", "tokens", "run", "graph", "eager", "times bf16", "share of copy"),
-        [
-            (
-                str(row["shape"]),
-                str(row["tokens"]),
-                name,
-                f"{run['graph_ms']:.3f}",
-                f"{run['eager_ms']:.3f}",
-                *(
-                    f"{run[key]:.2f}" if key in run else ""
-                    for key in ("times_bf16", "share_of_copy_bandwidth")
-                ),
-            )
-            for row in rows
-            for name, run in row["runs"].items()
-        ],
+    roofline.print_rows(rows, more={"eager, ms": "eager_ms"})
+    harness.write(
+        "gpu",
+        facts,
+        rows=rows,
+        quantizing=quantizing,
+        skipped=time.skipped,
+        targets=targets(rows),
     )
-    harness.write("gpu", facts, rows=rows, targets=targets(rows, backends[-1:]))
-
-
-def targets(rows: list[dict[str, Any]], names: Sequence[str]) -> list[dict[str, Any]]:
-    """What the last of the backends was to reach, at decode and with a long prompt."""
-    results = []
-    for row, name in itertools.product(rows, names):
-        run, what = row["runs"][name], f"{name}, {row['shape']}, {row['tokens']} tokens"
-        if row["tokens"] <= DECODE_TOKENS:
-            share = run["share_of_copy_bandwidth"]
-            results.append(harness.target(f"{what}: times bf16", run["times_bf16"], 1.7))
-            results.append(harness.target(f"{what}: share of copy", share, 0.85))
-        elif row["tokens"] == max(TOKENS):
-            results.append(harness.target(f"{what}: times bf16", run["times_bf16"], 1.5))
-    return results
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """What kernels are started with, under Triton's interpreter: see `interpreted_kernels.py`."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -260,6 +262,38 @@ def test_where_time_can_be_measured(
     monkeypatch.setattr(triton.knobs.runtime, "interpret", interpreted)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     assert plans._can_measure() == (not interpreted and not capturing)
+
+
+def test_the_clock_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The median of calls before each of which the cache was overwritten, in seconds."""
+    log: list[str] = []
+    taken = iter([9.0, 2.0, 3.0] * plans._TIMES)
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            log.append("event")
+
+        def elapsed_time(self, end: "Event") -> float:
+            assert end is not self
+            return next(taken)
+
+    def run() -> Tensor:
+        log.append("run")
+        return torch.ones(2)
+
+    zero = Tensor.zero_
+    properties = SimpleNamespace(L2_cache_size=1000)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait"))
+    monkeypatch.setattr(Tensor, "zero_", lambda x: (log.append(f"zero {x.nbytes}"), zero(x))[1])
+    assert plans._seconds(run) == 3e-3
+    once = ["zero 1000"] * plans._BUSY + ["event", "run", "event"]
+    assert log == ["run", *once * plans._TIMES, "wait"]
 
 
 def test_products_choose_by_their_size_and_tokens(

@@ -1,5 +1,7 @@
 """The padding around cuBLASLt's int8 product: its arithmetic anywhere, the product on a GPU."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -52,3 +54,31 @@ def test_the_proof_accepts_the_padding() -> None:
 def test_a_gpu_is_exact(name: str) -> None:
     status = {(status.name, status.device): status for status in matmul.backends()}
     assert status[name, "cuda"].exact, status[name, "cuda"].reason
+
+
+VIEWS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
+    "flattened": (lambda x: x.view(6, 4), True),
+    "with one dimension more": (lambda x: x[None], True),
+    "a view of a view": (lambda x: x.view(-1)[:24].view(3, 2, 4), True),
+    "a part": (lambda x: x[1], False),
+    "other rows": (lambda x: x.view(3, 8), False),
+    "in another order": (lambda x: x.transpose(0, 1), False),
+    "other numbers": (lambda x: x.view(torch.int32), False),
+    "a copy": (lambda x: x.clone(), False),
+    "repeated": (lambda x: x[:1].expand(2, 3, 4), False),
+}
+
+
+@pytest.mark.parametrize(("view", "same"), VIEWS.values(), ids=VIEWS)
+def test_a_view_with_the_same_tokens_is_the_tensor_itself(
+    view: Callable[[Tensor], Tensor], same: bool
+) -> None:
+    with torch.no_grad():
+        x = torch.randn(2, 3, 4)
+        other = view(x)
+        assert cuda.whole(other) is (x if same else other)
+        assert cuda.whole(x) is x
+    with torch.inference_mode():
+        x = torch.randn(2, 3, 4)
+        other = view(x)
+        assert cuda.whole(other) is other

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-INTERPRETED_TESTS = sorted(Path(__file__).parent.glob("interpreted_*.py"))
+INTERPRETED_TESTS = sorted(Path(__file__).parents[1].rglob("interpreted_*.py"))
 
 needs_triton = pytest.mark.skipif(
     find_spec("triton") is None, reason="needs Triton: `make kernels` has it"
@@ -65,12 +65,17 @@ def test_without_triton_the_backend_is_passed_over(monkeypatch: pytest.MonkeyPat
 
 # --- What a GPU would run -------------------------------------------------------------------------
 
-POINTERS = {
+TYPES = {
     "results": "*bf16",
+    "inputs": "*bf16",
     "pieces": "*i32",
     "tiles": "*i32",
+    "places": "*i32",
+    "order": "*i32",
     "index": "*i64",
+    "chosen_experts": "*i64",
     "gates": "*bf16",
+    "eps": "fp32",
     "tokens": "*bf16",
     "integers": "*i8",
     "weights": "*i8",
@@ -101,7 +106,9 @@ def kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     return kernels
 
 
-def compiled(kernel: Any, capability: int, options: dict[str, Any], absent: set[str]) -> Any:
+def compiled(
+    kernel: Any, capability: int, options: dict[str, Any], absent: set[str], **types: str
+) -> Any:
     """A kernel for a GPU that need not be here, with aligned tensors and sizes."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -112,11 +119,12 @@ def compiled(kernel: Any, capability: int, options: dict[str, Any], absent: set[
     constants: dict[str, Any] = dict.fromkeys(absent)
     constants |= {name: value for name, value in options.items() if name in kernel.arg_names}
     signature = {
-        name: "constexpr" if name in constants else POINTERS.get(name, "i32")
+        name: "constexpr" if name in constants else (TYPES | types).get(name, "i32")
         for name in kernel.arg_names
     }
     places: dict[str, tuple[int]] = {n: (i,) for i, n in enumerate(kernel.arg_names)}
-    aligned = [place for n, place in places.items() if n not in {*constants, "num_tokens"}]
+    other = {*constants, "num_tokens", "num_tiles"}
+    aligned = [place for n, place in places.items() if n not in other and signature[n] != "fp32"]
     source = ASTSource(
         fn=kernel,
         signature=signature,
@@ -128,8 +136,11 @@ def compiled(kernel: Any, capability: int, options: dict[str, Any], absent: set[
 
 
 def assert_arithmetic(ptx: str) -> None:
-    """No operation that rounds otherwise than numpy's float32."""
-    assert "fma" not in ptx
+    """No operation that rounds otherwise than numpy's float32.
+
+    A product of two numbers of bfloat16, rounded to it, may be one operation with a zero added.
+    """
+    assert not re.search(r"fma\.rn\S*\.f32", ptx)
     assert "div.full" not in ptx
     assert "div.approx" not in ptx
     assert ".ftz" not in ptx
@@ -157,11 +168,13 @@ def test_first_plans_compile_with_everything_and_fit_any_card(
         for plans in kernels.linear._PLANS.values()
     ]
     of_experts: list[tuple[Any, Any, set[str]]] = [
-        (kernels.grouped._grouped_kernel, plans[0], set())
+        (kernels.grouped._grouped_kernel, plans[0], absent)
         for plans in kernels.grouped._PLANS.values()
+        for absent in ({"index"}, {"places", "gates"})
     ]
     for kernel, plan, absent in products + of_experts:
-        binary = compiled(kernel, capability, kernels.plans.options(plan, columns=4096), absent)
+        options = {**kernels.plans.options(plan, columns=4096), "PER_TOKEN": 2}
+        binary = compiled(kernel, capability, options, absent)
         ptx = binary.asm["ptx"]
         assert re.search(r"mma\S*\.s32\.s8\.s8", ptx), "no tensor cores"
         assert "cvt.rn.bf16" in ptx
@@ -176,6 +189,68 @@ def test_rounding_compiles(kernels: ModuleType, capability: int, asymmetric: boo
     options = {"BLOCK": 4096, "num_warps": 8}
     ptx = compiled(kernels.tokens._quantize_kernel, capability, options, absent).asm["ptx"]
     assert "div.rn.f32" in ptx
+    assert_arithmetic(ptx)
+
+
+@pytest.mark.parametrize("capability", [AMPERE, HOPPER])
+def test_every_plan_for_experts_compiles(kernels: ModuleType, capability: int) -> None:
+    for plan in {plan for plans in kernels.grouped._PLANS.values() for plan in plans}:
+        options = {**kernels.plans.options(plan, columns=4096), "PER_TOKEN": 2}
+        absent = {"index", "shifts", "row_sums", "biases", "gates"}
+        kernel = kernels.grouped._grouped_kernel
+        binary = compiled(kernel, capability, options, absent, results="*fp32")
+        assert re.search(r"mma\S*\.s32\.s8\.s8", binary.asm["ptx"]), "no tensor cores"
+        assert "cp.async.c" in binary.asm["ptx"], "no reads ahead"
+        assert binary.metadata.shared <= HOPPERS_SHARED_MEMORY
+        assert_arithmetic(binary.asm["ptx"])
+
+
+@pytest.mark.parametrize("capability", [AMPERE, HOPPER])
+@pytest.mark.parametrize("rounding", ["none", "symmetric", "zero point"])
+@pytest.mark.parametrize(
+    "formula", [(False, 0, True), (False, 1, False), (True, 0, False)], ids=["llama", "gemma", "ln"]
+)
+def test_norms_compile(
+    kernels: ModuleType, formula: tuple[bool, int, bool], rounding: str, capability: int
+) -> None:
+    absent: dict[str, set[str]] = {
+        "none": {"integers", "scales", "shifts"},
+        "symmetric": {"shifts"},
+        "zero point": set(),
+    }
+    options: dict[str, Any] = {**kernels.tokens.blocks_of(4096)}
+    options |= dict(zip(("CENTERED", "OFFSET", "CAST_FIRST"), formula, strict=True))
+    without_bias = set() if formula[0] else {"biases"}
+    binary = compiled(
+        kernels.norms._norm_kernel,
+        capability,
+        options,
+        absent[rounding] | without_bias,
+        weights="*bf16",
+        biases="*bf16",
+    )
+    ptx = binary.asm["ptx"]
+    assert "sqrt.rn.f32" in ptx
+    assert "rsqrt" not in ptx
+    assert "div.rn.f32" in ptx
+    assert_arithmetic(ptx)
+
+
+@pytest.mark.parametrize("capability", [AMPERE, HOPPER])
+@pytest.mark.parametrize("experts", [8, 128, 256])
+def test_sorting_compiles(kernels: ModuleType, experts: int, capability: int) -> None:
+    options = {"HEIGHT": 16, "EXPERTS": experts, "BLOCK": max(16, min(1024, 8192 // experts))}
+    binary = compiled(kernels.tiles._sort_kernel, capability, options, set())
+    assert binary.metadata.shared <= SMALLEST_SHARED_MEMORY
+
+
+@pytest.mark.parametrize("capability", [AMPERE, HOPPER])
+@pytest.mark.parametrize("slots", [1, 2, 8])
+def test_sums_of_experts_compile(kernels: ModuleType, slots: int, capability: int) -> None:
+    options = {"PER_TOKEN": slots, "BLOCK": kernels.combine._COLUMNS_AT_ONCE}
+    kernel = kernels.combine._add_experts_kernel
+    ptx = compiled(kernel, capability, options, set(), rows="*fp32").asm["ptx"]
+    assert "cvt.rn.bf16" in ptx
     assert_arithmetic(ptx)
 
 

@@ -3,13 +3,14 @@
 import threading
 import weakref
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
 from haq.int8 import matmul
-from haq.int8.once import keep, once
+from haq.int8.once import keep, once, state_of
 from haq.nn import Int8Linear
 
 
@@ -106,6 +107,28 @@ def test_threads_do_not_meet(double: Doubling) -> None:
     thread.start()
     thread.join()
     assert double.calls == 2
+
+
+class OnGpu:
+    """What `state_of` asks a tensor of a GPU."""
+
+    is_cuda, device, _version = True, torch.device("cuda", 1), 3
+
+
+def test_on_a_gpu_it_is_for_one_stream_and_not_for_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph that reads what was made outside of it would read the same in every replay."""
+    stream, capturing, x = SimpleNamespace(cuda_stream=7), [False], OnGpu()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: {x.device: stream}[device])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    states = [state_of(x)]  # type: ignore[arg-type]
+    capturing[0] = True
+    states.append(state_of(x))  # type: ignore[arg-type]
+    stream.cuda_stream = 8
+    states.append(state_of(x))  # type: ignore[arg-type]
+    x._version = 4
+    states.append(state_of(x))  # type: ignore[arg-type]
+    assert len(set(states)) == len(states) == 4
+    assert state_of(x) == states[-1]  # type: ignore[arg-type]
 
 
 @pytest.fixture

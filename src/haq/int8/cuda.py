@@ -8,13 +8,92 @@ device.
 """
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from haq.int8.once import keep, once, state_of
+
+if TYPE_CHECKING:  # Triton comes with torch for a GPU, and nobody else is to wait for its import.
+    from haq.int8.kernels import Int8Tokens
+
 _MIN_ROWS = 17
 _MULTIPLE = 8
+
+_TOKENS = "int8 tokens of Triton's kernels"
+
+
+class _Rounded:
+    """The int8 tokens of one tensor: each kind is made when it is first asked for.
+
+    Args:
+        asked: where it is noted which kinds were asked for.
+    """
+
+    def __init__(self, asked: set[bool]) -> None:
+        self.asked = asked
+        self.made: dict[bool, Int8Tokens] = {}
+
+    def of(self, x: Tensor, asymmetric: bool) -> "Int8Tokens":
+        from haq.int8 import kernels
+
+        self.asked.add(asymmetric)
+        if asymmetric not in self.made:
+            rows = x.reshape(-1, x.shape[-1])
+            self.made[asymmetric] = kernels.quantize_tokens(rows, asymmetric)
+        return self.made[asymmetric]
+
+
+def tokens_of(x: Tensor, asymmetric: bool, reader: object) -> "Int8Tokens":
+    """The int8 tokens of a tensor, made once for all who read it one after the other.
+
+    Args:
+        x: float ``[..., K]``.
+        asymmetric: with a zero point for each token.
+        reader: who asks, as for `once`.
+
+    Returns:
+        ``[T, K]``, to be read only.
+    """
+    return once(x, _TOKENS, reader, lambda _: _Rounded(set())).of(x, asymmetric)
+
+
+def leave_tokens(x: Tensor, tokens: "Int8Tokens | None", asked: set[bool]) -> None:
+    """Leave tokens for who reads a tensor next with `tokens_of`.
+
+    Args:
+        x: a tensor that nobody has seen yet; of no inference mode.
+        tokens: of it; None if there are none, and only the asking is to be noted.
+        asked: the kinds of tokens that are asked for are added to it: False, True with zero points.
+    """
+    rounded = _Rounded(asked)
+    if tokens is not None:
+        rounded.made[tokens.shift is not None] = tokens
+    keep(x, _TOKENS, rounded, state_of(x))
+
+
+def whole(x: Tensor) -> Tensor:
+    """The tensor that ``x`` is another view of, with the same tokens in the same memory, or ``x``.
+
+    Models flatten batches of sequences before their experts, and what reads the same memory as
+    another layer is then another object.
+
+    Examples:
+        >>> x = torch.ones(2, 3, 4)
+        >>> whole(x.view(6, 4)) is x, whole(x[1]) is x
+        (True, False)
+    """
+    base = x._base
+    same = (
+        base is not None
+        and base.shape[-1:] == x.shape[-1:]
+        and (base.numel(), base.dtype, base.data_ptr()) == (x.numel(), x.dtype, x.data_ptr())
+        and base.is_contiguous()
+        and x.is_contiguous()
+    )
+    return base if base is not None and same else x
 
 
 class TritonWeight:
@@ -31,7 +110,6 @@ class TritonWeight:
     backend = "triton"
 
     def __init__(self, weight: Tensor, scale: Tensor) -> None:
-        # Only here: Triton comes with torch for a GPU, and nobody else is to wait for its import.
         from haq.int8 import kernels
 
         self._kernels = kernels
@@ -42,7 +120,7 @@ class TritonWeight:
         return self._kernels.int8_product(rounded.to(torch.int8), self._weight, self._scale)
 
     def linear(self, x: Tensor, bias: Tensor | None, row_sums: Tensor | None) -> Tensor:
-        """All of `haq.int8.matmul.linear`, in two or three launches.
+        """All of `haq.int8.matmul.linear`, in one or two launches, and one for the tokens.
 
         Args:
             x: float ``[..., K]``.
@@ -52,8 +130,7 @@ class TritonWeight:
         Returns:
             ``[..., N]``, dtype of ``x``.
         """
-        rows = x.reshape(-1, x.shape[-1])
-        tokens = self._kernels.quantize_tokens(rows, row_sums is not None)
+        tokens = tokens_of(x, row_sums is not None, self)
         result = self._kernels.int8_linear(
             tokens, self._weight, self._scale, row_sums, bias, x.dtype
         )

@@ -63,7 +63,7 @@ def once(x: Tensor, key: Hashable, reader: object, make: Callable[[Tensor], Made
             return kept
     made = make(x)
     if not x.is_inference():
-        keep(x, key, made, x._version)
+        keep(x, key, made, state_of(x))
     elif x.device.type == "cpu":
         keep(x, key, made, x.clone())
     if _thread.latest is not None:
@@ -78,6 +78,22 @@ def keep(x: Tensor, key: Hashable, value: object, state: object) -> None:
     _thread.latest = latest
 
 
+def state_of(x: Tensor) -> object:
+    """What must be the same for a result to be that of ``x`` still; not of inference mode.
+
+    On a GPU it is also the stream, on which alone the result is known to be there, and whether it
+    is captured: a CUDA graph must make what it reads, and what it makes is nobody else's.
+    """
+    if not x.is_cuda:
+        return x._version
+    return x._version, torch.cuda.current_stream(x.device).cuda_stream, is_captured(x)
+
+
+def is_captured(x: Tensor) -> bool:
+    """Whether what is done with ``x`` now becomes a part of a CUDA graph."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def _forget(latest: _Latest) -> None:
     latest.state = latest.value = None
 
@@ -86,4 +102,4 @@ def _unchanged(x: Tensor, state: Any) -> bool:
     # A tensor of inference mode does not count who wrote to it: it is compared with a copy.
     if isinstance(state, Tensor):
         return torch.equal(x, state)
-    return bool(x._version == state)
+    return bool(state_of(x) == state)

@@ -1,23 +1,19 @@
 """The experts of a layer with int8 weights and int8 inputs, in the place of transformers' own."""
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from haq.int8.tokens import RoundedTokens, round_tokens
+from haq.int8.cuda import TritonWeight, tokens_of, whole
+from haq.int8.once import is_captured
+from haq.int8.reference import PackedWeight
+from haq.nn.grouped import Stacks, routed_sum
 from haq.nn.handles import register, registered
 from haq.nn.linear import Int8Linear
-
-Activation = Callable[[Tensor], Tensor]
-
-# Rows that go through both products together, unless one expert has more.
-_ROWS_AT_ONCE = 32
-
-# Rows of one expert that go through both products together: what is between the products has the
-# size of a few tokens' inner values and not of a whole prompt's.
-_MOST_ROWS = 1024
+from haq.nn.rows import Activation, by_expert, expert_rows, weighted_sum
+from haq.nn.stack import Stack
 
 
 class Int8Experts(nn.Module):
@@ -32,6 +28,10 @@ class Int8Experts(nn.Module):
 
     Like `Int8Linear` it does not train, moves and pickles as any module, and is one opaque operator
     to the compiler.
+
+    Where Triton's kernels run, the matrices of all experts are parts of two tensors, and all
+    products of a call are two. Nothing waits for the routing then, and a CUDA graph can be replayed
+    with another one, once the module was called outside of it.
 
     Args:
         up: the first matrix of each expert, ``[2 I, D]`` with gate and up rows in the order that
@@ -64,6 +64,7 @@ class Int8Experts(nn.Module):
         self.down = nn.ModuleList(down)
         self.activation = activation
         self._handle = register(self)
+        self._held: tuple[list[PackedWeight], Stacks] | None = None
 
     @property
     def num_experts(self) -> int:
@@ -82,24 +83,61 @@ class Int8Experts(nn.Module):
             ``[T, D]``, dtype of ``hidden_states``, detached.
 
         Raises:
-            ValueError: shapes do not fit, or an index is not in [0, num_experts].
+            ValueError: shapes do not fit, or an index is not in [0, num_experts]; where Triton's
+                kernels run such an index stands for none, since a look at it would be waited for.
+            RuntimeError: a CUDA graph is captured, and the experts were never called outside of it.
         """
-        hidden_states, top_k_weights = hidden_states.detach(), top_k_weights.detach()
+        states, gates = hidden_states.detach(), top_k_weights.detach()
         if torch.compiler.is_compiling():
-            compiled: Tensor = torch.ops.haq.int8_experts(
-                hidden_states, top_k_index, top_k_weights, self._handle
-            )
+            compiled: Tensor = torch.ops.haq.int8_experts(states, top_k_index, gates, self._handle)
             return compiled
-        return self._compute(hidden_states, top_k_index, top_k_weights)
+        return self._compute(whole(hidden_states), states, top_k_index, gates)
 
-    def _compute(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def _compute(
+        self, source: Tensor, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    ) -> Tensor:
+        """As `forward`; ``source`` has the hidden states of ``hidden_states``, in any shape."""
         self._check_shapes(hidden_states, top_k_index, top_k_weights)
+        dtype, stacks = hidden_states.dtype, self._stacks()
+        if stacks is not None:
+            rounded = tokens_of(source, False, self)
+            return routed_sum(stacks, self.activation, rounded, top_k_index, top_k_weights, dtype)
         order, counts = by_expert(top_k_index, self.num_experts)
         chosen = [(self.expert(e), count) for e, count in enumerate(counts) if count]
         experts, rows = [pair for pair, _ in chosen], [count for _, count in chosen]
         tokens = order // top_k_index.shape[1]
         outputs = expert_rows(experts, rows, self.activation, hidden_states, tokens)
-        return weighted_sum(outputs, order, top_k_weights).to(hidden_states.dtype)
+        return weighted_sum(outputs, order, top_k_weights).to(dtype)
+
+    def _stacks(self) -> Stacks | None:
+        """The matrices of all experts in two tensors; None where no kernel multiplies such.
+
+        Whoever loads or moves them changes the layers one by one. So it is looked at in every call
+        whether they are still what was brought together.
+        """
+        if not isinstance(_layer(self.up, 0)._packed, TritonWeight):
+            self._held = None
+            return None
+        layers = [[_layer(part, e) for e in range(len(part))] for part in (self.up, self.down)]
+        packed = [layer._packed for part in layers for layer in part]
+        if self._held is None or self._held[0] != packed:
+            if is_captured(layers[0][0].weight_scale):
+                raise RuntimeError(
+                    "The experts must be called once before a CUDA graph is captured: their "
+                    "matrices are brought together in the first call."
+                )
+            self._held = None
+            stacks = Stack.of(layers[0]), Stack.of(layers[1])
+            packed = [layer._packed for part in layers for layer in part]
+            self._held = packed, stacks
+            if stacks[0].weight.is_cuda:  # No other stack fits into the pieces that are free now.
+                torch.cuda.empty_cache()
+        return self._held[1]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._stacks()  # At once, so that never more than one layer is there twice.
+        return self
 
     def expert(self, index: int) -> tuple[Int8Linear, Int8Linear]:
         """The two matrices of an expert."""
@@ -122,140 +160,12 @@ class Int8Experts(nn.Module):
             f"backend={up.backend}"
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_held": None}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._handle = register(self)  # A copy is not the original to the compiler.
-
-
-def by_expert(index: Tensor, num_experts: int) -> tuple[Tensor, list[int]]:
-    """Positions in ``index``, flat, sorted by expert ``[S]``, and how many each expert has.
-
-    Args:
-        index: int64 ``[T, A]``; E stands for none.
-        num_experts: E.
-
-    Raises:
-        ValueError: an index is not in [0, E].
-
-    Examples:
-        >>> by_expert(torch.tensor([[1, 0], [3, 1]]), 3)
-        (tensor([1, 0, 3]), [1, 2, 0])
-    """
-    flat, allowed = index.reshape(-1), f"integers in [0, {num_experts}]"
-    try:
-        counts = flat.bincount(minlength=num_experts + 1).tolist()
-    except RuntimeError as error:  # It refuses what is negative, which costs no further look.
-        raise ValueError(f"`top_k_index` must be {allowed}, got {flat.min().item()}.") from error
-    if len(counts) > num_experts + 1:
-        raise ValueError(f"`top_k_index` must be {allowed}, got {len(counts) - 1}.")
-    none = counts.pop()
-    order = flat.argsort(stable=True)
-    return order[: len(order) - none], counts
-
-
-def weighted_sum(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
-    """Outputs of experts, in whatever order they come, added as the router names them.
-
-    Args:
-        rows: float ``[S, D]``; used up.
-        order: where each belongs, int64 ``[S]``: a position in ``weights``, flat, at most once.
-        weights: float ``[T, A]``. A position that has no row adds nothing.
-
-    Returns:
-        ``[T, D]`` in the dtype of ``rows``.
-    """
-    rows.mul_(weights.reshape(-1)[order, None])
-    chosen = rows.new_zeros(weights.numel(), rows.shape[1])
-    chosen[order] = rows
-    chosen = chosen.view(*weights.shape, rows.shape[1])  # [T, A, D]
-    total = chosen[:, 0]
-    for slot in range(1, weights.shape[1]):
-        total = total + chosen[:, slot]
-    return total
-
-
-def expert_rows(
-    experts: Sequence[tuple[Int8Linear, Int8Linear]],
-    counts: Sequence[int],
-    activation: Activation,
-    hidden_states: Tensor,
-    tokens: Tensor,
-) -> Tensor:
-    """What experts make of the tokens that chose them.
-
-    Args:
-        experts: the two matrices of each.
-        counts: how many rows each has, none of them zero; together S.
-        activation: from float32 ``[T, 2 I]`` (or ``[T, I]``) to ``[T, I]``.
-        hidden_states: float ``[T, D]``.
-        tokens: int64 ``[S]``, the token of each row, sorted by expert.
-
-    Returns:
-        float32 ``[S, D]``.
-    """
-    # Every token once, whatever number of experts reads it.
-    rounded = round_tokens(hidden_states.contiguous())
-    outputs = rounded.integers.new_empty(len(tokens), hidden_states.shape[1])
-    start = 0
-    for span in _spans(counts):
-        here = slice(start, start + sum(count for _, count in span))
-        part = [(*experts[index], count) for index, count in span]
-        _run(part, activation, rounded[tokens[here]], outputs[here])
-        start = here.stop
-    return outputs
-
-
-def _spans(counts: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
-    """Experts and how many rows each has, as many at a time as is fast.
-
-    With a few tokens that is all of them: every operation between the products costs more than what
-    it computes. With many it is a few: what is between the products then stays in the cache.
-    """
-    span: list[tuple[int, int]] = []
-    rows = 0
-    for expert, count in enumerate(counts):
-        if span and rows + count > _ROWS_AT_ONCE:
-            yield span
-            span, rows = [], 0
-        while count > _MOST_ROWS:
-            yield [(expert, _MOST_ROWS)]
-            count -= _MOST_ROWS
-        span.append((expert, count))
-        rows += count
-    if span:
-        yield span
-
-
-def _run(
-    experts: Sequence[tuple[Int8Linear, Int8Linear, int]],
-    activation: Activation,
-    tokens: RoundedTokens,
-    out: Tensor,
-) -> None:
-    """Some experts, each on so many rows: from ``[S, D]`` to ``out`` ``[S, D]``."""
-    first, second, _ = experts[0]
-    up = tokens.integers.new_empty(len(out), first.out_features)  # [S, 2 I]
-    _grouped([(layer, count) for layer, _, count in experts], tokens, up)
-    middle = activation(up).contiguous()  # [S, I]
-    rounded = round_tokens(middle, second.asymmetric)
-    _grouped([(layer, count) for _, layer, count in experts], rounded, out)
-
-
-def _grouped(layers: Sequence[tuple[Int8Linear, int]], tokens: RoundedTokens, out: Tensor) -> None:
-    """Each layer's product with its rows.
-
-    Args:
-        layers: `Int8Linear` ``[N, K]``, and how many rows it has.
-        tokens: ``[S, K]``, in the order of the layers.
-        out: float32 ``[S, N]``, written to.
-    """
-    start = 0
-    for layer, count in layers:
-        here = slice(start, start + count)
-        layer.product(tokens[here], out[here])
-        if layer.bias is not None:
-            out[here].add_(layer.bias)
-        start += count
 
 
 def _layer(layers: nn.ModuleList, index: int) -> Int8Linear:
@@ -291,7 +201,9 @@ def _int8_experts(
 ) -> Tensor:
     experts = registered(handle)
     assert isinstance(experts, Int8Experts)
-    return experts._compute(hidden_states, top_k_index, top_k_weights)
+    # A tensor object of its own: compiled code writes to memory that it reuses without a trace.
+    source = hidden_states.detach()
+    return experts._compute(source, hidden_states, top_k_index, top_k_weights)
 
 
 @_int8_experts.register_fake

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from haq.nn.experts import by_expert, weighted_sum
+from haq.nn.rows import by_expert, weighted_sum
 from haq.offload.costs import Costs
 from haq.offload.host import HostSide
 from haq.offload.meter import Call, Meter

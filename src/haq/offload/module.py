@@ -32,7 +32,7 @@ class OffloadedExperts(nn.Module):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The weighted sum of each token's experts, as `Lanes.run`."""
         with torch.no_grad():
-            return self._lanes.run(hidden_states.detach(), top_k_index, top_k_weights)
+            return self._lanes.run(hidden_states, top_k_index, top_k_weights)
 
     def extra_repr(self) -> str:
         lanes = self._lanes

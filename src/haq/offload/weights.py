@@ -1,17 +1,21 @@
 """The weights of experts, int8 or float: in the CPU's memory, in slots, and what they compute."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from haq.int8.cuda import tokens_of, whole
 from haq.int8.matmul import use_backend
 from haq.model.experts import Activation, fused_matrices, is_fused_experts
 from haq.nn import Int8Experts, Int8Linear
-from haq.nn.experts import expert_rows
+from haq.nn.grouped import Stacks, member_rows
+from haq.nn.rows import expert_rows
+from haq.nn.stack import Stack
 
 # What keeps weights as they are on a CPU, so that a slot there can be written to.
 _PLAIN = "int_mm"
@@ -41,7 +45,7 @@ class ExpertWeights(Protocol):
         """Its plain tensors on the CPU: views, or copies where they are packed."""
 
     def slots(self, number: int, device: torch.device) -> list[Any]:
-        """Room for experts, in one buffer."""
+        """Room for experts, the same matrix of all of them in one buffer."""
 
     def write(self, slot: Any, parts: Sequence[Tensor]) -> None:
         """Fill a slot; from pinned memory to a GPU that is only enqueued."""
@@ -89,8 +93,30 @@ def spare_slots(weights: Sequence[ExpertWeights], wanted: int) -> int:
     return wanted if len({each.shape for each in weights}) == 1 else 0
 
 
+class Int8Slot(tuple[Int8Linear, Int8Linear]):
+    """Room for an expert: its two layers, which are parts of stacks.
+
+    Attributes:
+        stacks: the first and the second matrices of all slots that were made together.
+        place: of this one in them.
+    """
+
+    stacks: Stacks
+    place: int
+
+    @classmethod
+    def of(cls, stacks: Stacks, place: int) -> Self:
+        slot = cls(stack.layers[place] for stack in stacks)
+        slot.stacks, slot.place = stacks, place
+        return slot
+
+
 class Int8Weights:
-    """Experts of an `Int8Experts`: an expert is a pair of `Int8Linear`."""
+    """Experts of an `Int8Experts`: an expert is a pair of `Int8Linear`.
+
+    Those in slots are computed together, where Triton's kernels run: by two products for all slots
+    that were made together.
+    """
 
     def __init__(self, module: Int8Experts) -> None:
         self._module = module
@@ -110,10 +136,12 @@ class Int8Weights:
         up, down = self.on_cpu(expert)
         return (*up.parts(), *down.parts())
 
-    def slots(self, number: int, device: torch.device) -> list[tuple[Int8Linear, Int8Linear]]:
+    def slots(self, number: int, device: torch.device) -> list[Int8Slot]:
         up, down = self.on_cpu(0)
-        pairs = zip(_room(up, number, device), _room(down, number, device), strict=True)
-        return list(pairs)
+        plain = use_backend(_PLAIN) if device.type == "cpu" else nullcontext()
+        with plain:
+            stacks = Stack.room(up, number, device), Stack.room(down, number, device)
+        return [Int8Slot.of(stacks, place) for place in range(number)]
 
     def write(self, slot: tuple[Int8Linear, Int8Linear], parts: Sequence[Tensor]) -> None:
         up, down = slot
@@ -128,33 +156,18 @@ class Int8Weights:
         hidden_states: Tensor,
         tokens: Tensor,
     ) -> Tensor:
-        return expert_rows(experts, counts, self._module.activation, hidden_states, tokens)
+        activation = self._module.activation
+        members = [(each.stacks, each.place) for each in experts if isinstance(each, Int8Slot)]
+        if members and members[0][0][0].grouped:  # All of them are, on a GPU.
+            rounded = tokens_of(whole(hidden_states), False, self)
+            return member_rows(members, counts, activation, rounded, tokens)
+        return expert_rows(experts, counts, activation, hidden_states, tokens)
 
 
 def _bytes_of(layer: Int8Linear) -> int:
     """Weight, scale, sums of rows, bias."""
     vectors = 2 + (layer.bias is not None)
     return layer.out_features * (layer.in_features + 4 * vectors)
-
-
-def _room(layer: Int8Linear, number: int, device: torch.device) -> list[Int8Linear]:
-    """Layers of one shape whose weights are parts of one tensor, for a grouped product.
-
-    They have room for zero points, which experts of one layer may need and of another not.
-    """
-    rows, columns = layer.out_features, layer.in_features
-    weight = torch.zeros(number, rows, columns, dtype=torch.int8, device=device)
-    scale = torch.ones(number, rows, 1, dtype=torch.float32, device=device)
-    bias = torch.zeros(number, rows, dtype=torch.float32, device=device)
-
-    def made(i: int) -> Int8Linear:
-        own = None if layer.bias is None else bias[i]
-        return Int8Linear(weight[i], scale[i], own, asymmetric=True)
-
-    if device.type != "cpu":
-        return [made(i) for i in range(number)]
-    with use_backend(_PLAIN):
-        return [made(i) for i in range(number)]
 
 
 @dataclass(frozen=True, eq=False)

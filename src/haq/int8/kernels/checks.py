@@ -64,13 +64,34 @@ def check_groups(filled: Sequence[tuple[int, int, int]]) -> None:
         end = first + count
 
 
-def check_rows(rows: int, index: Tensor | None, gates: Tensor | None) -> None:
-    if index is not None and index.dtype not in (torch.int32, torch.int64):
+def check_index(index: Tensor) -> None:
+    if index.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"`index` must be int32 or int64, got {index.dtype}.")
-    if gates is not None and not gates.is_floating_point():
-        raise TypeError(f"`gates` must be a float tensor, got {gates.dtype}.")
-    for name, values in {"index": index, "gates": gates}.items():
-        if values is not None and (values.shape != (rows,) or not values.is_contiguous()):
+    if index.dim() != 2:
+        raise ValueError(f"`index` must be a matrix [T, A], got shape {list(index.shape)}.")
+
+
+def check_rows(rows: int, **vectors: Tensor | None) -> None:
+    """``gates`` are floats, all others integers."""
+    for name, values in vectors.items():
+        if values is None:
+            continue
+        if name == "gates":
+            if not values.is_floating_point():
+                raise TypeError(f"`gates` must be a float tensor, got {values.dtype}.")
+        elif values.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"`{name}` must be int32 or int64, got {values.dtype}.")
+        if values.shape != (rows,) or not values.is_contiguous():
             raise ValueError(
                 f"`{name}` must be a contiguous tensor [{rows}], got shape {list(values.shape)}."
             )
+
+
+def check_out(out: Tensor, rows: int, outs: int, dtype: torch.dtype) -> None:
+    if out.dtype != dtype:
+        raise TypeError(f"`out` must be {dtype}, got {out.dtype}.")
+    if out.shape != (rows, outs) or not out.is_contiguous():
+        raise ValueError(
+            f"`out` must be a contiguous tensor [{rows}, {outs}], got shape {list(out.shape)} and "
+            f"strides {list(out.stride())}."
+        )

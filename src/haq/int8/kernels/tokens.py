@@ -36,6 +36,26 @@ class Int8Tokens:
     scale: Tensor
     shift: Tensor | None = None
 
+    def __getitem__(self, rows: slice) -> "Int8Tokens":
+        shift = None if self.shift is None else self.shift[rows]
+        return Int8Tokens(self.integers[rows], self.scale[rows], shift)
+
+
+def empty_tokens(count: int, columns: int, asymmetric: bool, device: torch.device) -> Int8Tokens:
+    """Room for ``count`` tokens, which a kernel fills."""
+    scale = torch.empty(count, 1, dtype=torch.float32, device=device)
+    return Int8Tokens(
+        torch.empty(count, columns, dtype=torch.int8, device=device),
+        scale,
+        torch.empty_like(scale) if asymmetric else None,
+    )
+
+
+def blocks_of(columns: int) -> dict[str, int]:
+    """How a program goes through the columns of a token."""
+    block = min(triton.next_power_of_2(columns), _MOST_COLUMNS)
+    return {"BLOCK": block, "num_warps": max(1, min(16, block // 512))}
+
 
 def quantize_tokens(tokens: Tensor, asymmetric: bool = False) -> Int8Tokens:
     """What `haq.int8.tokens.round_tokens` gives, bit for bit, as int8 and in one launch.
@@ -57,22 +77,18 @@ def quantize_tokens(tokens: Tensor, asymmetric: bool = False) -> Int8Tokens:
         raise ValueError(f"`tokens` must be a matrix [T, K], K > 0, got {list(tokens.shape)}.")
     tokens = tokens.contiguous()
     count, columns = tokens.shape
-    integers = torch.empty_like(tokens, dtype=torch.int8)
-    scale = tokens.new_empty(count, 1, dtype=torch.float32)
-    shift = torch.empty_like(scale) if asymmetric else None
-    block = min(triton.next_power_of_2(columns), _MOST_COLUMNS)
+    result = empty_tokens(count, columns, asymmetric, tokens.device)
     launch(
         _quantize_kernel,
         (count,),
         tokens,
-        integers,
-        scale,
-        shift,
+        result.integers,
+        result.scale,
+        result.shift,
         columns,
-        BLOCK=block,
-        num_warps=max(1, min(16, block // 512)),
+        **blocks_of(columns),
     )
-    return Int8Tokens(integers, scale, shift)
+    return result
 
 
 @triton.jit
@@ -87,18 +103,49 @@ def _quantize_kernel(
     """One token: its largest magnitudes below and above zero, then its integers."""
     token = tl.program_id(0)
     start = token.to(tl.int64) * columns
-    # Floats without a sign are in the order of their bits, and NaN is the largest of them.
     highs = tl.zeros((BLOCK,), tl.int32)
     lows = tl.zeros((BLOCK,), tl.int32)
     for first in range(0, columns, BLOCK):
         offsets = first + tl.arange(0, BLOCK)
         x = tl.load(tokens + start + offsets, mask=offsets < columns, other=0.0).to(tl.float32)
-        bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-        if shifts is None:
-            highs = tl.maximum(highs, bits)
-        else:
-            highs = tl.maximum(highs, tl.where(x < 0, 0, bits))
-            lows = tl.maximum(lows, tl.where(x > 0, 0, bits))
+        highs = larger_above(highs, x, shifts is not None)
+        if shifts is not None:
+            lows = larger_below(lows, x)
+    scale, shift = store_grid(highs, lows, token, scales, shifts)
+    for first in range(0, columns, BLOCK):
+        offsets = first + tl.arange(0, BLOCK)
+        x = tl.load(tokens + start + offsets, mask=offsets < columns, other=0.0).to(tl.float32)
+        tl.store(integers + start + offsets, rounded(x, scale, shift), mask=offsets < columns)
+
+
+# Floats without a sign are in the order of their bits, and NaN is the largest of them.
+
+
+@triton.jit
+def larger_above(highs: tl.tensor, x: tl.tensor, SHIFTED: tl.constexpr) -> tl.tensor:
+    """Bits of the largest magnitudes so far; with a zero point of those above zero only."""
+    bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    if SHIFTED:
+        bits = tl.where(x < 0, 0, bits)
+    return tl.maximum(highs, bits)
+
+
+@triton.jit
+def larger_below(lows: tl.tensor, x: tl.tensor) -> tl.tensor:
+    """Bits of the largest magnitudes so far of what is below zero."""
+    bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    return tl.maximum(lows, tl.where(x > 0, 0, bits))
+
+
+@triton.jit
+def store_grid(
+    highs: tl.tensor,
+    lows: tl.tensor,
+    token: tl.tensor,
+    scales: tl.tensor,
+    shifts: tl.tensor | None,
+) -> tuple[tl.tensor, tl.tensor]:
+    """The scale and the shift of a token, which are also stored."""
     high = tl.max(highs, 0).to(tl.float32, bitcast=True)
     # `tl.where`, because `tl.maximum` and `tl.minimum` may drop NaN.
     if shifts is None:
@@ -111,11 +158,13 @@ def _quantize_kernel(
         shift = (tl.div_rn(low, scale) + _ROUND) - _ROUND + 128.0
         tl.store(shifts + token, shift)
     tl.store(scales + token, scale)
-    for first in range(0, columns, BLOCK):
-        offsets = first + tl.arange(0, BLOCK)
-        x = tl.load(tokens + start + offsets, mask=offsets < columns, other=0.0).to(tl.float32)
-        q = (tl.div_rn(x, scale) + _ROUND) - _ROUND - shift
-        # Where both ends lie on ties, rounding both away from zero needs one integer too many.
-        q = tl.where(q > _QMAX, _QMAX, q)
-        q = tl.where(tl.abs(q) <= 128.0, q, 0.0).to(tl.int8)
-        tl.store(integers + start + offsets, q, mask=offsets < columns)
+    return scale, shift
+
+
+@triton.jit
+def rounded(x: tl.tensor, scale: tl.tensor, shift: tl.tensor) -> tl.tensor:
+    """The integers of some columns of a token, int8."""
+    q = (tl.div_rn(x, scale) + _ROUND) - _ROUND - shift
+    # Where both ends lie on ties, rounding both away from zero needs one integer too many.
+    q = tl.where(q > _QMAX, _QMAX, q)
+    return tl.where(tl.abs(q) <= 128.0, q, 0.0).to(tl.int8)

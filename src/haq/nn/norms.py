@@ -1,0 +1,171 @@
+"""Norms by one kernel, which also rounds what they give for the int8 layers that read it.
+
+A norm of `transformers` is half a dozen launches on a GPU, and the layers behind it begin with one
+more, to round its result. `fuse_norms` makes one launch of all that. Nothing else changes: a fused
+norm has the parameters, the names, the class name and, for ``isinstance``, the class that it had.
+Where Triton's kernels do not run, on a CPU, in training, under autocast or in compiled code, it
+does what it did before; copies and pickles of it are fused norms.
+
+What a norm's readers need is seen when they read: for whom nobody rounds, nothing is.
+"""
+
+import functools
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from haq.int8 import cuda, matmul
+from haq.int8.norm import Norm
+from haq.nn.formulas import recognized
+
+# Where the kernels may run.
+_DEVICE_TYPES = ("cuda",)
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# In how many calls a norm looks for readers before it takes it that there are none.
+_TRIALS = 2
+
+
+@dataclass
+class _State:
+    """What a fused norm knows beside its parameters.
+
+    Attributes:
+        norm: what it computes.
+        asked: the kinds of tokens that int8 layers made of its results, as in `leave_tokens`.
+        trials: calls after which nobody had asked.
+    """
+
+    norm: Norm
+    asked: set[bool] = field(default_factory=set)
+    trials: int = 0
+
+
+_STATE = "_haq_norm"
+
+
+def fuse_norms(model: nn.Module) -> int:
+    """Let all norms of a model that are recognized run by one kernel each on a GPU, in place.
+
+    Their results are those of before within a few units of the last place of float32, rounded to
+    the model's dtype: sums are taken in another order. The int8 tokens are exactly those of the
+    results. `unfuse_norms` undoes it.
+
+    Args:
+        model: any module, on any device.
+
+    Returns:
+        How many norms are fused.
+
+    Examples:
+        >>> model = nn.Sequential(nn.RMSNorm(8, eps=1e-6), nn.Linear(8, 8))
+        >>> fuse_norms(model)
+        1
+        >>> isinstance(model[0], nn.RMSNorm), model[0]
+        (True, RMSNorm((8,), eps=1e-06, elementwise_affine=True))
+    """
+    for module in model.modules():
+        if not isinstance(module, _FusedNorm):
+            norm = recognized(module)
+            if norm is not None:
+                original: Any = type(module)
+                module.__class__ = _fused_class(original)
+                vars(module)[_STATE] = _State(norm)
+    return sum(isinstance(module, _FusedNorm) for module in model.modules())
+
+
+def unfuse_norms(model: nn.Module) -> None:
+    """Undo `fuse_norms`.
+
+    Examples:
+        >>> model = nn.Sequential(nn.RMSNorm(8, eps=1e-6))
+        >>> _ = fuse_norms(model)
+        >>> unfuse_norms(model)
+        >>> type(model[0]) is nn.RMSNorm
+        True
+    """
+    for module in model.modules():
+        if isinstance(module, _FusedNorm):
+            module.__class__ = type(module).haq_original
+            del vars(module)[_STATE]
+
+
+class _FusedNorm:
+    """What a fused norm has before the class that it was.
+
+    Attributes:
+        haq_original: that class.
+    """
+
+    haq_original: type[Any]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        assert isinstance(self, nn.Module)
+        if len(args) == 1 and not kwargs and _runs_here(self, args[0]):
+            kernels = _kernels(args[0].device.type)
+            if kernels is not None:
+                return _run(kernels, self, args[0])
+        return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced = super().__reduce_ex__(protocol)
+        assert isinstance(reduced, tuple)
+        return (_restored, (type(self).haq_original,), *reduced[2:])
+
+
+@functools.cache
+def _fused_class(original: Any) -> Any:
+    names = ("__module__", "__qualname__", "__doc__")
+    content = {name: getattr(original, name) for name in names} | {"haq_original": original}
+    return type(original.__name__, (_FusedNorm, original), content)
+
+
+def _restored(original: Any) -> Any:
+    """An empty fused norm, for copies and pickles."""
+    fused = _fused_class(original)
+    return fused.__new__(fused)
+
+
+@functools.cache
+def _kernels(device_type: str) -> ModuleType | None:
+    """Triton's kernels, if they are what int8 layers run with on such a device."""
+    ones = torch.ones(1, 1, device=device_type)
+    if not isinstance(matmul.pack(ones.to(torch.int8), ones), cuda.TritonWeight):
+        return None
+    from haq.int8 import kernels
+
+    return kernels
+
+
+def _runs_here(module: nn.Module, x: Any) -> bool:
+    """Whether a kernel can do what the module would do with ``x``."""
+    if torch.compiler.is_compiling():  # The compiler fuses norms by itself.
+        return False
+    if not isinstance(x, Tensor) or x.device.type not in _DEVICE_TYPES or x.dtype not in _DTYPES:
+        return False
+    parameters = [p for p in module._parameters.values() if p is not None]
+    alike = all((p.dtype, p.device) == (x.dtype, x.device) for p in parameters)
+    if not alike or torch.is_autocast_enabled(x.device.type):
+        return False
+    trains = x.requires_grad or any(p.requires_grad for p in parameters)
+    return x.shape[-1:] == parameters[0].shape and not (trains and torch.is_grad_enabled())
+
+
+def _run(kernels: ModuleType, module: nn.Module, x: Tensor) -> Tensor:
+    state: _State = vars(module)[_STATE]
+    weight, bias = module._parameters["weight"], module._parameters.get("bias")
+    asked = None
+    # What is left for a tensor of inference mode could not be told from what it was before.
+    leaves = not (x.is_inference() or torch.is_inference_mode_enabled())
+    if leaves and state.asked:
+        asked = False not in state.asked
+    result: Tensor
+    result, tokens = kernels.norm_tokens(x, state.norm, weight, bias, asked)
+    if leaves and (state.asked or state.trials < _TRIALS):
+        state.trials += not state.asked
+        cuda.leave_tokens(result, tokens, state.asked)
+    return result

@@ -1,0 +1,149 @@
+"""What experts compute, one product after the other: the way of every backend."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+from torch import Tensor
+
+from haq.int8.tokens import RoundedTokens, round_tokens
+from haq.nn.linear import Int8Linear
+
+Activation = Callable[[Tensor], Tensor]
+
+# Rows that go through both products together, unless one expert has more.
+_ROWS_AT_ONCE = 32
+
+# Rows of one expert that go through both products together: what is between the products has the
+# size of a few tokens' inner values and not of a whole prompt's.
+_MOST_ROWS = 1024
+
+
+def by_expert(index: Tensor, num_experts: int) -> tuple[Tensor, list[int]]:
+    """Positions in ``index``, flat, sorted by expert ``[S]``, and how many each expert has.
+
+    Args:
+        index: int64 ``[T, A]``; E stands for none.
+        num_experts: E.
+
+    Raises:
+        ValueError: an index is not in [0, E].
+
+    Examples:
+        >>> import torch
+        >>> by_expert(torch.tensor([[1, 0], [3, 1]]), 3)
+        (tensor([1, 0, 3]), [1, 2, 0])
+    """
+    flat, allowed = index.reshape(-1), f"integers in [0, {num_experts}]"
+    try:
+        counts = flat.bincount(minlength=num_experts + 1).tolist()
+    except RuntimeError as error:  # It refuses what is negative, which costs no further look.
+        raise ValueError(f"`top_k_index` must be {allowed}, got {flat.min().item()}.") from error
+    if len(counts) > num_experts + 1:
+        raise ValueError(f"`top_k_index` must be {allowed}, got {len(counts) - 1}.")
+    none = counts.pop()
+    order = flat.argsort(stable=True)
+    return order[: len(order) - none], counts
+
+
+def weighted_sum(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
+    """Outputs of experts, in whatever order they come, added as the router names them.
+
+    Args:
+        rows: float ``[S, D]``; used up.
+        order: where each belongs, int64 ``[S]``: a position in ``weights``, flat, at most once.
+        weights: float ``[T, A]``. A position that has no row adds nothing.
+
+    Returns:
+        ``[T, D]`` in the dtype of ``rows``.
+    """
+    rows.mul_(weights.reshape(-1)[order, None])
+    chosen = rows.new_zeros(weights.numel(), rows.shape[1])
+    chosen[order] = rows
+    chosen = chosen.view(*weights.shape, rows.shape[1])  # [T, A, D]
+    total = chosen[:, 0]
+    for slot in range(1, weights.shape[1]):
+        total = total + chosen[:, slot]
+    return total
+
+
+def expert_rows(
+    experts: Sequence[tuple[Int8Linear, Int8Linear]],
+    counts: Sequence[int],
+    activation: Activation,
+    hidden_states: Tensor,
+    tokens: Tensor,
+) -> Tensor:
+    """What experts make of the tokens that chose them.
+
+    Args:
+        experts: the two matrices of each.
+        counts: how many rows each has, none of them zero; together S.
+        activation: from float32 ``[T, 2 I]`` (or ``[T, I]``) to ``[T, I]``.
+        hidden_states: float ``[T, D]``.
+        tokens: int64 ``[S]``, the token of each row, sorted by expert.
+
+    Returns:
+        float32 ``[S, D]``.
+    """
+    # Every token once, whatever number of experts reads it.
+    rounded = round_tokens(hidden_states.contiguous())
+    outputs = rounded.integers.new_empty(len(tokens), hidden_states.shape[1])
+    start = 0
+    for span in _spans(counts):
+        here = slice(start, start + sum(count for _, count in span))
+        part = [(*experts[index], count) for index, count in span]
+        _run(part, activation, rounded[tokens[here]], outputs[here])
+        start = here.stop
+    return outputs
+
+
+def _spans(counts: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
+    """Experts and how many rows each has, as many at a time as is fast.
+
+    With a few tokens that is all of them: every operation between the products costs more than what
+    it computes. With many it is a few: what is between the products then stays in the cache.
+    """
+    span: list[tuple[int, int]] = []
+    rows = 0
+    for expert, count in enumerate(counts):
+        if span and rows + count > _ROWS_AT_ONCE:
+            yield span
+            span, rows = [], 0
+        while count > _MOST_ROWS:
+            yield [(expert, _MOST_ROWS)]
+            count -= _MOST_ROWS
+        span.append((expert, count))
+        rows += count
+    if span:
+        yield span
+
+
+def _run(
+    experts: Sequence[tuple[Int8Linear, Int8Linear, int]],
+    activation: Activation,
+    tokens: RoundedTokens,
+    out: Tensor,
+) -> None:
+    """Some experts, each on so many rows: from ``[S, D]`` to ``out`` ``[S, D]``."""
+    first, second, _ = experts[0]
+    up = tokens.integers.new_empty(len(out), first.out_features)  # [S, 2 I]
+    _products([(layer, count) for layer, _, count in experts], tokens, up)
+    middle = activation(up).contiguous()  # [S, I]
+    rounded = round_tokens(middle, second.asymmetric)
+    _products([(layer, count) for _, layer, count in experts], rounded, out)
+
+
+def _products(layers: Sequence[tuple[Int8Linear, int]], tokens: RoundedTokens, out: Tensor) -> None:
+    """Each layer's product with its rows.
+
+    Args:
+        layers: `Int8Linear` ``[N, K]``, and how many rows it has.
+        tokens: ``[S, K]``, in the order of the layers.
+        out: float32 ``[S, N]``, written to.
+    """
+    start = 0
+    for layer, count in layers:
+        here = slice(start, start + count)
+        layer.product(tokens[here], out[here])
+        if layer.bias is not None:
+            out[here].add_(layer.bias)
+        start += count
