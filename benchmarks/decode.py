@@ -1,80 +1,142 @@
-"""How fast does a Llama-shaped model decode and prefill in int8 beside bfloat16?
+"""How fast do whole models decode and prefill in int8 beside bfloat16, and beside the memory?
 
-Random weights: speed does not depend on them. Decoding is one token after 128, batch 1, bound by
-memory; prefill is those 128 tokens at once, bound by arithmetic, with logits for the last one only.
-They are asked for by index: for the slice that ``generate`` takes torch copies the whole head
-first, which takes either model as long again as everything else. The blocks' linear layers are
-int8, embeddings and ``lm_head`` stay bfloat16, as after ``haq.quantize_model``.
+Two Llamas and a Mixtral with random weights, batch 1. Decoding is bound by memory: the measure is
+the share of the read bandwidth that the weights of a token take. Prefill is bound by arithmetic.
+The linear layers and experts of the blocks are int8; embeddings and `lm_head` stay bfloat16, as
+after `haq.quantize_model`. In one more row the head is int8 as well.
+
+    python benchmarks/decode.py              about four minutes on 2 cores
+    python benchmarks/decode.py --compile    and `torch.compile` of the int8 model, which takes
+                                             minutes more and a C++ compiler
 """
 
-import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import harness
+import roofline
+import shapes
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from haq.int8 import grid
-from haq.nn import Int8Linear
+from haq.int8.tokens import round_tokens
+from haq.nn import Int8Experts, Int8Linear
 
-PROMPT = 128
-CONFIG = LlamaConfig(
-    hidden_size=2048,
-    intermediate_size=5632,
-    num_hidden_layers=8,
-    num_attention_heads=16,
-    num_key_value_heads=16,
-    vocab_size=32000,
-)
+WORKS: dict[str, Callable[[PreTrainedModel], harness.Run]] = {
+    "decode, 1 token": shapes.decoder,
+    f"prefill, {shapes.PROMPT} tokens": lambda model: shapes.prefill(model, shapes.PROMPT),
+    f"prefill, {shapes.LONG_PROMPT} tokens": shapes.prefill,
+}
+DECODE, SHORT, PREFILL = WORKS
+
+# Every work is compiled for itself. A short prompt would tell nothing that a long one does not.
+COMPILED = "int8, compiled"
+NOT_COMPILED = {SHORT}
+
+# A long prompt takes seconds a round.
+MOST_SECONDS = 25
+
+# Layers that are checked, and tokens; products in float64 take long.
+CHECKED_LAYERS, CHECKED_TOKENS = 2, 16
+
+# Of logits, where the last bit of a sigmoid may differ.
+MOST_ERROR = 1e-3
 
 
 class ExactLinear(nn.Module):
-    """What Int8Linear stands for: rounded inputs and weights, multiplied in float64."""
+    """What an Int8Linear stands for: its integers, multiplied in float64."""
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, layer: Int8Linear) -> None:
         super().__init__()
-        self.weight, self.scale = grid.quantize_rows(weight)
+        self.asymmetric = layer.asymmetric
+        self.weight, self.scale = layer.weight, layer.weight_scale.view(-1)
 
     def forward(self, x: Tensor) -> Tensor:
-        integers, scale = grid.quantize_rows(x)
-        sums = F.linear(integers.double(), self.weight.double()).float()
-        return (sums * self.scale.view(-1) * scale).to(x.dtype)
+        tokens = round_tokens(x.reshape(-1, x.shape[-1]).float(), self.asymmetric)
+        sums = F.linear(tokens.integers.double(), self.weight.double()).float() * self.scale
+        if tokens.shift is not None:
+            sums.addcmul_(tokens.shift, self.weight.sum(1).float() * self.scale)
+        return (sums * tokens.scale).to(x.dtype).view(*x.shape[:-1], -1)
 
 
-def with_linears(model: PreTrainedModel, convert: Callable[[Tensor], nn.Module]) -> PreTrainedModel:
-    """A copy whose blocks' linear layers are converted."""
-    converted = copy.deepcopy(model)
-    for block in converted.model.layers:
-        linears = [item for item in block.named_modules() if isinstance(item[1], nn.Linear)]
-        for name, linear in linears:
-            block.set_submodule(name, convert(linear.weight))
-    return converted
+class ExactExperts(nn.Module):
+    """What Int8Experts stands for: every token through each of its experts by itself."""
+
+    def __init__(self, experts: Int8Experts) -> None:
+        super().__init__()
+        pairs = [experts.expert(index) for index in range(experts.num_experts)]
+        self.pairs = [tuple(map(ExactLinear, pair)) for pair in pairs]
+        self.activation = experts.activation
+
+    def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        rows = [
+            sum(self._expert(e, token[None].float()) * w for e, w in zip(*choice, strict=True))
+            for token, choice in zip(x, zip(index.tolist(), weights, strict=True), strict=True)
+        ]
+        return torch.cat(rows).to(x.dtype)
+
+    def _expert(self, index: int, token: Tensor) -> Tensor:
+        up, down = self.pairs[index]
+        output: Tensor = down(self.activation(up(token)))
+        return output
 
 
-def check(model: PreTrainedModel, int8_model: PreTrainedModel, tokens: Tensor) -> None:
-    """The same logits, to the last bit, as integers that are multiplied in float64."""
-    expected = with_linears(model, ExactLinear)(tokens).logits
-    torch.testing.assert_close(int8_model(tokens).logits, expected, rtol=0, atol=0)
+def exact_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """The int8 model as it has to be, slowly."""
+    modules = shapes.outermost_int8(model)
+    copied = shapes.with_own_modules(model, modules.values())
+    for name, module in modules.items():
+        exact = ExactLinear(module) if isinstance(module, Int8Linear) else ExactExperts(module)
+        copied.set_submodule(name, exact)
+    return copied
 
 
-def decoder(model: PreTrainedModel, tokens: Tensor) -> harness.Run:
-    """One token after the prompt, again and again: the cache is cut back after each."""
-    cache = DynamicCache(config=model.config)
-    model(tokens, past_key_values=cache)
+def check(name: str) -> None:
+    """The logits of integers that are multiplied in float64: of a Llama to the last bit."""
+    tokens = shapes.prompt(CHECKED_TOKENS)
+    int8 = shapes.with_int8_head(shapes.int8_copy(shapes.build(name, CHECKED_LAYERS)))
+    expected = exact_copy(int8)(tokens).logits
+    logits = int8(tokens).logits
+    error = float((logits.double() - expected.double()).norm() / expected.double().norm())
+    has_experts = any(isinstance(module, Int8Experts) for module in int8.modules())
+    assert error <= (MOST_ERROR if has_experts else 0), f"{name} is wrong by {error:.1e}"
 
-    def step() -> None:
-        model(tokens[:, -1:], past_key_values=cache)
-        cache.crop(-1)
 
-    return step
+def variants_of(name: str, layers: int | None, eager: bool) -> dict[str, PreTrainedModel]:
+    model = shapes.build(name, layers)
+    int8 = shapes.int8_copy(model)
+    variants = {"bf16": model, "int8": int8, "int8, head too": shapes.with_int8_head(int8)}
+    return variants if eager else {**variants, COMPILED: torch.compile(int8, dynamic=False)}
 
 
-def profile(model: PreTrainedModel, tokens: Tensor) -> None:
+def measure(
+    labels: Mapping[str, Any], variants: Mapping[str, PreTrainedModel], rounds: int
+) -> list[dict[str, Any]]:
+    read = roofline.MemoryRead()
+    bytes_read = {name: shapes.bytes_per_token(model) for name, model in variants.items()}
+    rows = []
+    for work, start in WORKS.items():
+        runs, failures = {}, {}
+        for name, model in variants.items():
+            if name == COMPILED and work in NOT_COMPILED:
+                continue
+            try:
+                runs[name] = start(model)
+                runs[name]()
+            except Exception as error:  # noqa: BLE001 - whatever the compiler of a machine raises
+                runs.pop(name, None)
+                failures[name] = harness.first_line(error)
+        timings = harness.time_in_turn({**read.runs, **runs}, rounds, MOST_SECONDS)
+        of = bytes_read if work == DECODE else {}
+        rows.append(roofline.row({**labels, "work": work}, timings, of, read, failures))
+    return rows
+
+
+def profile(model: PreTrainedModel) -> None:
     """Where the time of a decoding step goes."""
-    step = decoder(model, tokens)
+    step = shapes.decoder(model)
     step()
     with torch.profiler.profile() as profiler:
         for _ in range(10):
@@ -82,61 +144,39 @@ def profile(model: PreTrainedModel, tokens: Tensor) -> None:
     print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=25))
 
 
-def measure(
-    model: PreTrainedModel, int8_model: PreTrainedModel, tokens: Tensor, rounds: int
-) -> list[dict[str, Any]]:
-    works: dict[str, Callable[[PreTrainedModel], harness.Run]] = {
-        "decode, 1 token": lambda model: decoder(model, tokens),
-        f"prefill, {PROMPT} tokens": lambda model: (
-            lambda: model(tokens, logits_to_keep=torch.tensor([PROMPT - 1]))
-        ),
-    }
-    rows = []
-    for work, run in works.items():
-        runs = {"bf16": run(model), "int8": run(int8_model)}
-        timings = harness.time_in_turn(runs, rounds)
-        times_faster = timings["int8"].times_faster_than(timings["bf16"])
-        times = {name: timing.to_dict() for name, timing in timings.items()}
-        rows.append({"work": work, **times, "times_faster": times_faster})
-    return rows
+def targets_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    targets = []
+    for row in rows:
+        name, int8 = f"{row['model']}, {row['work']}", row["runs"]["int8"]
+        if row["work"] == DECODE:
+            targets.append(harness.target(f"{name}, times bf16", int8["times_bf16"], 3))
+            share = int8["share_of_roofline"]
+            targets.append(harness.target(f"{name}, share of roofline", share, 0.75))
+        elif row["work"] == PREFILL:
+            targets.append(harness.target(f"{name}, times bf16", int8["times_bf16"], 1.8))
+    return targets
 
 
 def main() -> None:
-    options = harness.arguments(__doc__, profile="show what a decoding step spends its time on")
+    options = harness.arguments(
+        __doc__,
+        profile="show what a decoding step spends its time on",
+        eager="without torch.compile",
+    )
     facts = harness.card()
     harness.print_card(__doc__, facts)
-    if options.quick:
-        CONFIG.num_hidden_layers = 2
-    torch.manual_seed(0)
-    tokens = torch.randint(CONFIG.vocab_size, (1, PROMPT))
-    with torch.inference_mode():
-        model = LlamaForCausalLM(CONFIG).to(torch.bfloat16).eval()
-        int8_model = with_linears(model, Int8Linear.from_float)
-        check(model, int8_model, tokens[:, :16])
-        if options.profile:
-            profile(int8_model, tokens)
-        rows = measure(model, int8_model, tokens, rounds=5 if options.quick else 21)
-    print_rows(rows)
+    rows = []
+    for name in shapes.SHAPES:
+        with torch.inference_mode():
+            check(name)
+            variants = variants_of(name, 1 if options.quick else None, options.eager)
+            if options.profile:
+                profile(variants["int8"])
+            rows += measure({"model": name}, variants, rounds=5 if options.quick else 21)
+    roofline.print_rows(rows)
     if options.quick:
         return  # Of so few layers, `lm_head` is half.
-    targets = [
-        harness.target(f"{row['work']}, times bf16", row["times_faster"], at_least)
-        for row, at_least in zip(rows, [2.5, 1.6], strict=True)
-    ]
-    harness.write("decode", facts, rows=rows, targets=targets)
-
-
-def print_rows(rows: list[dict[str, Any]]) -> None:
-    cells = [
-        [
-            row["work"],
-            harness.milliseconds(row["bf16"]),
-            harness.milliseconds(row["int8"]),
-            f"{row['times_faster']:.2f}",
-        ]
-        for row in rows
-    ]
-    harness.print_table(["work", "bf16, ms", "int8, ms", "times"], cells)
+    harness.write("decode", facts, rows=rows, targets=targets_of(rows))
 
 
 if __name__ == "__main__":

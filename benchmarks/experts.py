@@ -7,10 +7,10 @@ experts, and the measure is the share of the read bandwidth; with 128 it compute
 Random weights and random routing: speed does not depend on the first, and every expert is chosen.
 """
 
-import statistics
 from typing import Any
 
 import harness
+import roofline
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -82,7 +82,7 @@ def _round_asymmetrically(x: Tensor) -> Tensor:
 
 
 def measure(
-    experts: MixtralExperts, int8: Int8Experts, tokens: int, rounds: int, read: harness.MemoryRead
+    experts: MixtralExperts, int8: Int8Experts, tokens: int, rounds: int, read: roofline.MemoryRead
 ) -> dict[str, Any]:
     x = torch.randn(tokens, int8.up[0].in_features).bfloat16()
     index, weights = routing(tokens)
@@ -96,45 +96,14 @@ def measure(
 
         return run
 
-    runs: dict[str, harness.Run] = {"read": read, "int8": lambda: int8(x, index, weights)}
-    runs |= {name: with_implementation(name) for name in names}
+    runs: dict[str, harness.Run] = {**read.runs, "int8": lambda: int8(x, index, weights)}
+    runs |= {f"bf16 {name}": with_implementation(name) for name in names}
     timings = harness.time_in_turn(runs, rounds)
-    touched = len(index.unique()) * sum(layer[0].weight.nbytes for layer in (int8.up, int8.down))
-    bandwidths = read.bytes_per_second(timings["read"])
-    shares = [
-        touched / seconds / top
-        for seconds, top in zip(timings["int8"].seconds, bandwidths, strict=True)
-    ]
-    return {
-        "tokens": tokens,
-        "experts_touched": len(index.unique()),
-        "int8": timings["int8"].to_dict(),
-        "backend": int8.up[0].backend,
-        "read_gb_per_s": statistics.median(bandwidths) / 1e9,
-        "share_of_read": statistics.median(shares),
-        "bf16": {name: timings[name].to_dict() for name in names},
-        "times_faster": {name: timings["int8"].times_faster_than(timings[name]) for name in names},
-    }
-
-
-def print_rows(rows: list[dict[str, Any]]) -> None:
-    def cell(row: dict[str, Any], name: str) -> str:
-        if name not in row["bf16"]:
-            return "-"
-        return f"{harness.milliseconds(row['bf16'][name])} x {row['times_faster'][name]:.2f}"
-
-    harness.print_table(
-        ["tokens", "int8, ms", *(f"bf16 {name}, ms" for name in IMPLEMENTATIONS), "share of read"],
-        [
-            [
-                str(row["tokens"]),
-                harness.milliseconds(row["int8"]),
-                *(cell(row, name) for name in IMPLEMENTATIONS),
-                f"{row['share_of_read']:.2f}",
-            ]
-            for row in rows
-        ],
-    )
+    touched = len(index.unique())
+    elements = touched * sum(layer[0].weight.numel() for layer in (int8.up, int8.down))
+    bytes_read = {name: elements if name == "int8" else 2 * elements for name in runs}
+    labels = {"tokens": tokens, "experts": touched, "backend": int8.up[0].backend}
+    return roofline.row(labels, timings, bytes_read, read)
 
 
 def main() -> None:
@@ -145,18 +114,17 @@ def main() -> None:
     shape = (512, 1024) if options.quick else (HIDDEN, INNER)
     with torch.inference_mode():
         experts, int8 = make(*shape)
-        read = harness.MemoryRead()
+        read = roofline.MemoryRead()
         rounds = 5 if options.quick else 21
         rows = [measure(experts, int8, tokens, rounds, read) for tokens in TOKENS]
-    print_rows(rows)
+    roofline.print_rows(rows)
     if options.quick:
         return  # A small layer says nothing of the real one.
-    of = {row["tokens"]: row for row in rows}
-    fastest = {tokens: min(row["times_faster"].values()) for tokens, row in of.items()}
+    of = {row["tokens"]: row["runs"]["int8"] for row in rows}
     targets = [
-        harness.target("1 token, times the fastest bf16", fastest[1], 3),
-        harness.target("128 tokens, times the fastest bf16", fastest[128], 2),
-        harness.target("1 token, share of read", of[1]["share_of_read"], 0.8),
+        harness.target("1 token, times the fastest bf16", of[1]["times_bf16"], 3),
+        harness.target("128 tokens, times the fastest bf16", of[128]["times_bf16"], 2),
+        harness.target("1 token, share of read", of[1]["share_of_roofline"], 0.8),
     ]
     harness.write("experts", facts, shape=list(shape), rows=rows, targets=targets)
 

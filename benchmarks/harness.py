@@ -1,10 +1,10 @@
-"""One way to time: in turn, against the memory's speed of the same minute, and written down.
+"""One way to time, in turn, and to write down what was found.
 
 A shared machine changes from one minute to the next, its memory by a factor of two. So everything
 that will be compared is timed in turn, round by round, and ratios are taken within a round. Rounds
 in which other processes worked are repeated: with every core in use by a product, one more process
 does not slow it down a little, it makes all threads wait. The numbers are the median over the
-rounds and the range of the middle half of them.
+rounds and the range of the middle half of them. `roofline` has the speed of the memory.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import datetime
 import importlib.metadata
 import itertools
 import json
+import math
 import os
 import platform
 import statistics
@@ -34,8 +35,12 @@ SECONDS_PER_SAMPLE = 0.03
 MAX_SHARE_OF_OTHERS = 0.03
 MAX_REPEATS = 3
 
-# A cache of this many bytes cannot hold two buffers or weights that are read in turn.
-CACHE_BYTES = 96 * 2**20
+# However little time there is, so many rounds are taken.
+FEWEST_ROUNDS = 5
+
+# Threads of OpenMP spin for a few milliseconds after their work, those of one library on the cores
+# that the next one to be timed wants.
+SECONDS_OF_REST = 0.005
 
 Run = Callable[[], object]
 
@@ -65,19 +70,26 @@ class Timing:
         return {"median_ms": self.median * 1e3, "low_ms": low * 1e3, "high_ms": high * 1e3}
 
 
-def time_in_turn(runs: Mapping[str, Run], rounds: int = 21) -> dict[str, Timing]:
+def time_in_turn(
+    runs: Mapping[str, Run], rounds: int = 21, most_seconds: float = math.inf
+) -> dict[str, Timing]:
     """Time every run in every round, in the order given.
 
     Args:
         runs: what to call, by name. Each call is one unit of the result.
         rounds: how often; at least 20 for a median that means something.
+        most_seconds: begin no further round after so many seconds, but for the first few.
     """
+    start = time.perf_counter()
     calls = {name: _calls_per_sample(run) for name, run in runs.items()}
     measured: list[tuple[float, dict[str, float]]] = []
     undisturbed = 0
     while undisturbed < rounds and len(measured) < MAX_REPEATS * rounds:
+        if len(measured) >= FEWEST_ROUNDS and time.perf_counter() - start > most_seconds:
+            rounds = min(rounds, len(measured))
+            break
         others = OtherWork()
-        seconds = {name: _seconds_per_call(run, calls[name]) for name, run in runs.items()}
+        seconds = {name: seconds_per_call(run, calls[name]) for name, run in runs.items()}
         measured.append((others.share(), seconds))
         undisturbed += measured[-1][0] <= MAX_SHARE_OF_OTHERS
     if undisturbed < rounds:
@@ -110,12 +122,15 @@ class OtherWork:
 
 
 def _calls_per_sample(run: Run) -> int:
-    run()  # The first call allocates.
-    seconds = min(_seconds_per_call(run, 1) for _ in range(3))
+    seconds = seconds_per_call(run)  # The first call allocates.
+    if seconds < 1:
+        seconds = min(seconds_per_call(run) for _ in range(3 if seconds < 0.1 else 1))
     return max(1, round(SECONDS_PER_SAMPLE / seconds))
 
 
-def _seconds_per_call(run: Run, calls: int) -> float:
+def seconds_per_call(run: Run, calls: int = 1) -> float:
+    """One sample, after a rest."""
+    time.sleep(SECONDS_OF_REST)
     start = time.perf_counter()
     for _ in range(calls):
         run()
@@ -128,36 +143,19 @@ def rotating(runs: Sequence[Run]) -> Run:
     return lambda: next(turns)()
 
 
-def copies_beyond_cache(bytes_each: int) -> int:
-    """How many weights of that size to rotate."""
-    return max(2, -(-CACHE_BYTES // bytes_each))
+def arguments(
+    description: str, values: Mapping[str, str] | None = None, **flags: str
+) -> argparse.Namespace:
+    """What every benchmark understands, and options of its own with their help.
 
-
-class MemoryRead:
-    """Reads a buffer that no cache holds, by the fastest reduction that torch has on this machine.
-
-    Calls are timed like any run.
+    Args:
+        description: the script's docstring.
+        values: options that take a value.
+        flags: options that do not.
     """
-
-    def __init__(self) -> None:
-        self._buffer = torch.ones(2 * CACHE_BYTES // 4)
-        integers = self._buffer.view(torch.int64)
-        reductions: list[Run] = [self._buffer.sum, self._buffer.max, integers.sum, integers.max]
-        self._read = min(
-            reductions, key=lambda run: min(_seconds_per_call(run, 1) for _ in "12345")
-        )
-
-    def __call__(self) -> object:
-        return self._read()
-
-    def bytes_per_second(self, timing: Timing) -> list[float]:
-        """Bandwidth in each round."""
-        return [self._buffer.nbytes / seconds for seconds in timing.seconds]
-
-
-def arguments(description: str, **flags: str) -> argparse.Namespace:
-    """What every benchmark understands, and flags of its own with their help."""
-    parser = argparse.ArgumentParser(description=description)
+    parser = argparse.ArgumentParser(description=description.partition("\n")[0])
+    for name, text in (values or {}).items():
+        parser.add_argument(f"--{name}", help=text)
     for flag, text in flags.items():
         parser.add_argument(f"--{flag}", action="store_true", help=text)
     parser.add_argument("--quick", action="store_true", help="a few seconds, to see that it runs")
@@ -222,9 +220,17 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     print()
 
 
-def milliseconds(timing: Mapping[str, float]) -> str:
+def milliseconds(timing: Mapping[str, Any]) -> str:
     """Median and middle half of ``Timing.to_dict()``: ``2.41 (2.38-2.50)``."""
-    return "{median_ms:.2f} ({low_ms:.2f}-{high_ms:.2f})".format(**timing)
+    digits = 2 if timing["median_ms"] >= 1 else 3
+    middle, low, high = (f"{timing[key]:.{digits}f}" for key in ("median_ms", "low_ms", "high_ms"))
+    return f"{middle} ({low}-{high})"
+
+
+def first_line(error: BaseException) -> str:
+    """What a table has room for: ``ImportError: No module named 'torchao'``."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
 def target(name: str, value: float, at_least: float) -> dict[str, Any]:
