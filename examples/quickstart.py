@@ -1,4 +1,4 @@
-"""The main job on small trained models: load, quantize, compare, generate.
+"""The main job on small trained models: load, quantize, compare, save, load again, generate.
 
     python examples/quickstart.py
     python examples/quickstart.py facebook/opt-125m      # any causal language model of the hub
@@ -11,6 +11,9 @@ text was kept out of the training.
 
 import argparse
 import copy
+import shutil
+import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -51,17 +54,28 @@ def show(name: str | Path, tokens: int) -> None:
     haq.quantize_model(model, calibration)
     seconds = time.perf_counter() - started
 
-    print(haq.quantization_report(model))
+    print(fitting(haq.quantization_report(model)))
     print(f"\nQuantized in {seconds:.0f} s. Weights: {megabytes(reference)} -> {megabytes(model)}.")
 
     text = haq.evaluation_tokens(tokenizer, standard_library("held_out"))
     print("\nfloat32 -> int8, on held-out text:")
     print(haq.compare(reference, model, text[:, :tokens], sequence_length=256))
 
+    with tempfile.TemporaryDirectory() as folder:
+        haq.save_pretrained(model, folder, tokenizer)
+        loaded = haq.from_pretrained(folder)
+
     prompt = tokenizer("def", return_tensors="pt")
-    for kind, each in (("float32", reference), ("int8", model)):
+    for kind, each in (("float32", reference), ("int8, saved and loaded,", loaded)):
         written = each.generate(**prompt, max_new_tokens=40, do_sample=False)
         print(f"\n{kind} writes:\n{tokenizer.decode(written[0], skip_special_tokens=True)}")
+
+
+def fitting(report: haq.QuantizationReport) -> str:
+    """Every layer, if a terminal is wide enough for that, else the summary."""
+    width = max(len(line) for line in str(report).partition("\n\n")[0].splitlines())
+    narrow = sys.stdout.isatty() and shutil.get_terminal_size().columns < width
+    return report.summary() if narrow else str(report)
 
 
 def megabytes(model: PreTrainedModel) -> str:

@@ -5,7 +5,8 @@ tokenized as one string and cut into windows without overlap, each window starts
 and the mean is taken over all predicted tokens. Perplexities by other protocols do not compare.
 """
 
+from haq.evaluation.channels import channel_magnitudes
 from haq.evaluation.corpora import evaluation_tokens
 from haq.evaluation.quality import Comparison, compare, perplexity
 
-__all__ = ["Comparison", "compare", "evaluation_tokens", "perplexity"]
+__all__ = ["Comparison", "channel_magnitudes", "compare", "evaluation_tokens", "perplexity"]

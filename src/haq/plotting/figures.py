@@ -1,0 +1,25 @@
+"""What all pictures share: their sizes, and an empty figure."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Inches, and points: 72 to the inch.
+WIDTH = 10.0
+TITLE_POINTS = 10
+LABEL_POINTS = 8
+TICK_POINTS = 7
+
+
+def empty_figure(width: float, height: float) -> "Figure":
+    """An empty figure of so many inches, of which pyplot knows nothing."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "`haq.plotting` needs matplotlib, which is not installed. Run `pip install matplotlib`."
+        ) from error
+    from haq.plotting.shown import ShownFigure
+
+    return ShownFigure(figsize=(width, height), layout="constrained")
