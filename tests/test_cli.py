@@ -2,21 +2,27 @@
 
 import dataclasses
 import json
+import logging
 import os
 import re
 import shutil
 import subprocess
 import sys
+import types
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as theirs
 from typer.testing import CliRunner
 
 import haq
-from haq import cli
+from haq.checkpoint.files import TensorFiles
+from haq.cli import models, tasks, terminal
+from haq.cli.commands import app
 from haq.quantization.report import QuantizationReport
 
 REPOSITORY = Path(__file__).parents[1]
@@ -25,34 +31,35 @@ SOURCE = REPOSITORY / "examples" / "tiny_models" / "opt-python"
 COMMANDS = {
     "quantize": [
         *("SOURCE", "OUTPUT", "--calibration", "--num-samples", "--sequence-length", "--seed"),
-        *("--exclude", "--smoothing", "--rounding", "--device", "--resume", "--no-resume"),
-        "--json",
+        *(
+            "--exclude",
+            "--head",
+            "--smoothing",
+            "--smoothing-strength",
+            "--rounding",
+            "--asymmetric-inputs",
+        ),
+        *("--no-asymmetric-inputs", "--device", "--resume", "--no-resume", "--json"),
     ],
-    "inspect": ["DIRECTORY", "--json"],
+    "inspect": ["MODEL", "--json"],
     "evaluate": [
         *("MODEL", "--text", "--reference", "--sequence-length", "--max-tokens", "--device"),
         "--json",
     ],
     "generate": [
-        "MODEL",
-        "PROMPT",
-        "--max-new-tokens",
-        "--sample",
-        "--no-sample",
-        "--seed",
-        "--device",
-        "--gpu-memory",
-        "--statistics",
+        *("MODEL", "PROMPT", "--max-new-tokens", "--chat", "--sample", "--temperature", "--top-p"),
+        *("--seed", "--device", "--gpu-memory", "--statistics", "--json"),
     ],
     "profile": [
         *("MODEL", "OUTPUT", "--text", "--num-samples", "--sequence-length", "--seed", "--device"),
         "--json",
     ],
+    "backends": ["--json"],
 }
 
 
 def run(*arguments: object) -> Any:
-    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def done(*arguments: object) -> str:
@@ -69,10 +76,8 @@ def refused(*arguments: object) -> str:
     assert isinstance(result.exception, SystemExit), result.exception
     assert result.stdout == ""
     assert "Traceback" not in result.stderr
-    # But for the bars of transformers.
-    lines = [line for line in result.stderr.splitlines() if line and "it/s" not in line]
-    assert lines[0].startswith("haq: ")
-    return "\n".join(lines)
+    assert result.stderr.startswith("haq: ")
+    return str(result.stderr).removesuffix("\n")
 
 
 def as_process(*arguments: object) -> "subprocess.CompletedProcess[str]":
@@ -126,10 +131,18 @@ def saved_report(folder: Path) -> QuantizationReport:
 # --- quantize -------------------------------------------------------------------------------------
 
 
-def test_quantize_prints_the_report_and_where_it_is(made: tuple[Path, Any]) -> None:
+def test_quantize_says_what_was_done_and_where_it_is(made: tuple[Path, Any]) -> None:
     folder, result = made
-    assert result.stdout == f"{saved_report(folder)}\n\nSaved in {folder}.\n"
     report = saved_report(folder)
+    worst = sorted(report.layers, key=lambda layer: layer.error_after)[:-4:-1]
+    assert result.stdout.splitlines() == [
+        *report.summary().splitlines(),
+        "Largest relative errors:",
+        *(f"  {layer.error_after:.1e}  {layer.name}" for layer in worst),
+        "",
+        f"Saved in {folder}, 4.5 MB. Every layer: haq inspect {folder}",
+    ]
+    assert result.stderr == ""
     assert report.tokens == 4 * 32
     assert len(report.layers) == 4 * 6
     assert report.config == haq.QuantizationConfig()
@@ -156,6 +169,22 @@ def test_quantize_prints_one_json_document(text: Path, tmp_path: Path) -> None:
     assert report.config.smoothing == "none"
 
 
+def test_a_model_without_safetensors_is_loaded_as_a_whole(
+    text: Path, int8: Path, tmp_path: Path
+) -> None:
+    old = tmp_path / "old"
+    shutil.copytree(SOURCE, old, ignore=shutil.ignore_patterns("*.safetensors"))
+    model = AutoModelForCausalLM.from_pretrained(SOURCE, dtype="auto")
+    torch.save(model.state_dict(), old / "pytorch_model.bin")
+    size = ("--num-samples", 4, "--sequence-length", 32, "--calibration", text)
+    out = done("quantize", old, tmp_path / "int8", *size)
+    assert out.startswith(saved_report(int8).summary())
+    expected, found = TensorFiles(int8), TensorFiles(tmp_path / "int8")
+    assert expected.headers.keys() == found.headers.keys()
+    for name in expected.headers:
+        assert torch.equal(expected.read(name), found.read(name)), name
+
+
 class Call(dict[str, Any]):
     """What the command line calls the library with, and what that answers."""
 
@@ -171,21 +200,33 @@ class Call(dict[str, Any]):
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch) -> Call:
     made = Call()
-    monkeypatch.setattr(cli, "quantize_checkpoint", made)
+    monkeypatch.setattr(tasks, "quantize_checkpoint", made)
+    # What would be in the files.
+    monkeypatch.setattr(tasks, "TensorFiles", lambda _: types.SimpleNamespace(headers={}))
     return made
 
 
 def test_quantize_hands_its_options_on(call: Call, text: Path, tmp_path: Path) -> None:
     options = ("--exclude", "*.fc1", "--exclude", "*.fc2", "--smoothing", "fixed", "--no-resume")
-    assert quantize(text, tmp_path, *options, "--rounding", "nearest").exit_code == 0
+    options += ("--smoothing-strength", "0.75", "--rounding", "nearest", "--no-asymmetric-inputs")
+    assert quantize(text, tmp_path, *options).exit_code == 0
     assert call["source"] == str(SOURCE)
     assert call["output"] == tmp_path
     assert call["config"] == haq.QuantizationConfig(
-        smoothing="fixed", rounding="nearest", exclude=("lm_head", "*.fc1", "*.fc2")
+        smoothing="fixed",
+        smoothing_strength=0.75,
+        rounding="nearest",
+        asymmetric_inputs=False,
+        exclude=("lm_head", "*.fc1", "*.fc2"),
     )
     assert call["resume"] is False
     assert call["device"] == "cpu"
     assert [batch.shape for batch in call["batches"]] == [(1, 32)] * 4
+
+
+def test_quantize_the_head_as_well(call: Call, text: Path, tmp_path: Path) -> None:
+    assert quantize(text, tmp_path, "--head", "--exclude", "*.fc1").exit_code == 0
+    assert call["config"].exclude == ("*.fc1",)
 
 
 def test_quantize_goes_on_by_default(call: Call, text: Path, tmp_path: Path) -> None:
@@ -218,7 +259,7 @@ def test_inspect_an_int8_checkpoint(int8: Path) -> None:
     out = done("inspect", int8)
     assert out.startswith(f"{saved_report(int8)}\n\n")
     lines = out.splitlines()
-    assert lines[-1] == "OPTForCausalLM, compressed-tensors int-quantized."
+    assert lines[-1] == "OPTForCausalLM, compressed-tensors int-quantized, 4.5 MB."
     assert re.search(r"^I8 +24 tensors +3\.1 MB$", out, re.MULTILINE)
 
 
@@ -232,7 +273,9 @@ def test_inspect_an_int8_checkpoint_as_json(int8: Path) -> None:
 
 def test_inspect_a_float_checkpoint() -> None:
     out = done("inspect", SOURCE)
-    assert re.fullmatch(r"F16 +68 tensors +7\.6 MB\nOPTForCausalLM, not quantized\.\n", out), out
+    assert re.fullmatch(
+        r"F16 +68 tensors +7\.6 MB\nOPTForCausalLM, not quantized, 7\.6 MB\.\n", out
+    ), out
     found = json.loads(done("inspect", SOURCE, "--json"))
     assert found == {
         "architecture": "OPTForCausalLM",
@@ -243,8 +286,8 @@ def test_inspect_a_float_checkpoint() -> None:
 
 
 def test_inspect_does_not_load_a_model(int8: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(cli, "from_pretrained")
-    monkeypatch.delattr(cli, "AutoModelForCausalLM")
+    monkeypatch.delattr(models, "from_pretrained")
+    monkeypatch.delattr(models, "AutoModelForCausalLM")
     done("inspect", int8)
 
 
@@ -259,16 +302,17 @@ def tokens_of(text: Path) -> torch.Tensor:
 
 def test_evaluate_prints_the_perplexity_that_python_gives(int8: Path, text: Path) -> None:
     value = haq.perplexity(haq.from_pretrained(int8), tokens_of(text), sequence_length=64)
-    assert done("evaluate", int8, "--text", text, *READ) == f"perplexity {value:.4f}\n"
+    expected = f"perplexity {value:.4f} on 320 tokens in windows of 64\n"
+    assert done("evaluate", int8, "--text", text, *READ) == expected
     out = done("evaluate", int8, "--text", text, *READ, "--json")
-    assert json.loads(out) == {"perplexity": value}
+    assert json.loads(out) == {"perplexity": value, "tokens": 320, "sequence_length": 64}
 
 
 def test_evaluate_a_float_model(text: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(SOURCE, dtype="auto")
     value = haq.perplexity(model, tokens_of(text), sequence_length=64)
     found = json.loads(done("evaluate", SOURCE, "--text", text, *READ, "--json"))
-    assert found == {"perplexity": value}
+    assert found["perplexity"] == value
 
 
 def test_evaluate_against_a_reference(int8: Path, text: Path) -> None:
@@ -281,66 +325,104 @@ def test_evaluate_against_a_reference(int8: Path, text: Path) -> None:
     arguments = ("evaluate", int8, "--text", text, "--reference", SOURCE, *READ)
     assert done(*arguments) == f"{result}\n"
     values = json.loads(done(*arguments, "--json"))
-    assert values == json.loads(json.dumps(dataclasses.asdict(result)))
+    assert values == {
+        "perplexity": result.perplexity,
+        "perplexity_reference": result.perplexity_reference,
+        "sequence_length": 64,
+        **json.loads(json.dumps(dataclasses.asdict(result))),
+    }
 
 
-# --- generate -------------------------------------------------------------------------------------
-
-PROMPT = "def add_7(first, second):"
-
-
-@pytest.mark.parametrize("kind", ["int8", "float"])
-def test_generate_writes_what_python_writes(kind: str, int8: Path) -> None:
-    folder = int8 if kind == "int8" else SOURCE
-    model = (
-        haq.from_pretrained(int8)
-        if kind == "int8"
-        else AutoModelForCausalLM.from_pretrained(SOURCE, dtype="auto")
+def test_what_json_has_no_number_for_is_null(int8: Path, text: Path) -> None:
+    """One window has no standard error."""
+    options = ("--reference", SOURCE, "--sequence-length", 64, "--max-tokens", 64, "--json")
+    values = json.loads(
+        done("evaluate", int8, "--text", text, *options), parse_constant=pytest.fail
     )
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    inputs = tokenizer(PROMPT, return_tensors="pt")
-    written = model.generate(**inputs, max_new_tokens=12, do_sample=False)
-    expected = tokenizer.decode(written[0], skip_special_tokens=True)
-    assert expected.startswith(PROMPT)
-    assert len(expected) > len(PROMPT)
-    assert done("generate", folder, PROMPT, "--max-new-tokens", 12) == f"{expected}\n"
+    assert values["windows"] == 1
+    assert values["kl"] > 0
+    assert values["kl_stderr"] is None
 
 
-def test_generate_samples_by_the_seed(int8: Path) -> None:
-    def sample(seed: int) -> str:
-        return done("generate", int8, PROMPT, "--sample", "--seed", seed, "--max-new-tokens", 20)
+# --- backends -------------------------------------------------------------------------------------
 
-    assert sample(1) == sample(1)
-    assert len({sample(seed) for seed in range(4)}) > 1
+
+def test_backends() -> None:
+    table = haq.backends()
+    assert done("backends").splitlines()[0] == str(table).splitlines()[0]
+    found = json.loads(done("backends", "--json"))
+    assert [row["name"] for row in found] == [status.name for status in table]
+    assert found[-1] | {"tokens": "", "reason": ""} == {
+        "name": "reference",
+        "device": "cpu",
+        "available": True,
+        "exact": True,
+        "tokens": "",
+        "reason": "",
+    }
 
 
 # --- Help -----------------------------------------------------------------------------------------
 
 
-def plain(text: str) -> str:
-    """Without colours."""
-    return re.sub(r"\x1b\[[0-9;]*m", "", text)
+def help_of(command: str) -> str:
+    """In words with one space between them, however the lines are broken."""
+    return " ".join(done(command, "--help").split())
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_the_help_of_a_command_has_all_of_it(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
-    out = plain(done(command, "--help"))
+def test_the_help_of_a_command_has_all_of_it(command: str) -> None:
+    out = help_of(command)
     for argument in COMMANDS[command]:
         assert argument.lower() in out.lower(), argument
+    assert f"For example: haq {command}" in out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_there_are_no_other_options(command: str) -> None:
+    lines = re.findall(r"^  -.*", done(command, "--help"), re.MULTILINE)
+    options = {option for line in lines for option in re.findall(r"(--[a-z-]+)(?: |$)", line[:60])}
+    assert options == {a for a in COMMANDS[command] if a.startswith("--")} | {"--help"}
 
 
 def test_the_help_lists_the_commands() -> None:
-    out = plain(done("--help"))
+    out = done("--help")
     for command in COMMANDS:
-        assert re.search(rf"\b{command}\b", out)
+        assert re.search(rf"^  {command} +[A-Z].*\.$", out, re.MULTILINE)
+    assert "Exit codes: 0 done, 1 it failed" in out
 
 
-def test_there_are_no_other_options(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
-    for command, arguments in COMMANDS.items():
-        options = set(re.findall(r"--[a-z-]+", plain(done(command, "--help"))))
-        assert options - {a for a in arguments if a.startswith("--")} == {"--help"}
+def test_every_default_is_in_the_help() -> None:
+    out = help_of("quantize")
+    for option, default in {
+        "calibration": "wikitext2",
+        "num-samples": "128; x>=1",
+        "sequence-length": "2048, or as many as the model has positions",
+        "seed": "0",
+        "smoothing": "search",
+        "smoothing-strength": "0.5",
+        "rounding": "hessian",
+        "device": "cpu",
+        "resume": "resume",
+    }.items():
+        assert re.search(rf" --{option} [^\[]*\[default: {default}\]", out), option
+
+
+def test_help_is_there_at_once() -> None:
+    """Without importing what takes seconds: torch, transformers, or even colours."""
+    code = "import sys; from haq.cli import main; sys.argv = ['haq', 'quantize', '-h']; main()"
+    loud = f"try:\n    {code}\nfinally:\n    print(*sys.modules, file=sys.stderr)"
+    result = subprocess.run(
+        [sys.executable, "-c", loud], capture_output=True, text=True, check=True
+    )
+    assert "Usage: " in result.stdout
+    imported = set(result.stderr.split())
+    assert "typer" in imported
+    assert not {"torch", "transformers", "numpy", "rich", "haq.public"} & imported
+
+
+def test_the_version() -> None:
+    assert done("--version") == f"haq {haq.__version__}\n"
 
 
 # --- What goes wrong ------------------------------------------------------------------------------
@@ -355,7 +437,8 @@ def test_a_source_that_is_not_there(source: str, text: Path, tmp_path: Path) -> 
 
 
 def test_a_directory_that_is_not_there(tmp_path: Path) -> None:
-    assert "config.json" in refused("inspect", tmp_path / "none")
+    assert "must be a directory with a model" in refused("inspect", tmp_path / "none")
+    assert f"`{tmp_path / 'config.json'}` is missing" in refused("inspect", tmp_path)
 
 
 def test_an_output_that_is_not_empty(text: Path, tmp_path: Path) -> None:
@@ -364,6 +447,21 @@ def test_an_output_that_is_not_empty(text: Path, tmp_path: Path) -> None:
     message = refused("quantize", SOURCE, tmp_path, "--calibration", text, *size)
     assert f"`{tmp_path}` must not exist, or be an empty directory" in message
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+    # That comes before anything is read or asked for.
+    for source, calibration in ((SOURCE, "wikitext2"), ("somebody/no-such-model", text)):
+        assert refused("quantize", source, tmp_path, "--calibration", calibration) == message
+
+
+def test_an_output_that_is_what_the_same_command_made(
+    int8: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("haq.checkpoint.stream.quantize_block")
+    result = quantize(text, int8)
+    assert result.exit_code == 0
+    assert result.stdout.startswith(saved_report(int8).summary())
+    other = ("--num-samples", 4, "--sequence-length", 64)
+    message = refused("quantize", SOURCE, int8, "--calibration", text, *other)
+    assert "must not exist, or be an empty directory" in message
 
 
 def test_options_that_do_not_exist(text: Path, tmp_path: Path) -> None:
@@ -379,6 +477,32 @@ def test_too_little_text_and_none(text: Path, tmp_path: Path) -> None:
     assert "windows of 512" in refused(*arguments, text)
     assert "none.txt" in refused(*arguments, tmp_path / "none.txt")
     assert "wikitext" in refused("evaluate", SOURCE, "--text", "wikitext3")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        (("quantize", SOURCE, "OUTPUT"), "--calibration"),
+        (("evaluate", SOURCE), "--text"),
+        (("evaluate", SOURCE, "--text", "c4"), "--text"),
+        (("profile", SOURCE, "OUTPUT"), "--text"),
+    ],
+)
+def test_a_text_of_the_hub_without_a_network(
+    arguments: tuple[str, ...], option: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def unreachable(*names: str, **options: object) -> object:
+        raise ConnectionError("Couldn't reach 'Salesforce/wikitext' on the Hub")
+
+    monkeypatch.setattr("datasets.load_dataset", unreachable)
+    monkeypatch.chdir(tmp_path)
+    corpus = "c4" if "c4" in arguments else "wikitext2"
+    assert refused(*arguments) == (
+        f"haq: {corpus} could not be had from the Hugging Face hub (Couldn't reach "
+        "'Salesforce/wikitext' on the Hub). Pass a text of your own instead, one like what the "
+        f"model is for: {option} FILE.txt (or .json, .jsonl)."
+    )
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture
@@ -423,15 +547,19 @@ def test_a_damaged_report(int8: Path, tmp_path: Path) -> None:
 
 
 def test_a_device_that_is_not_there(int8: Path) -> None:
-    refused("generate", int8, "hello", "--device", "nonsense")
-    refused("generate", SOURCE, "hello", "--device", "nonsense")
+    for arguments in (
+        ("generate", int8, "hello"),
+        ("evaluate", int8),
+        ("quantize", SOURCE, "output"),
+        ("profile", int8, "output"),
+    ):
+        assert "must be one that torch can use" in refused(*arguments, "--device", "nonsense")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("kind", ["int8", "float"])
-def test_a_gpu_that_is_not_there(kind: str, int8: Path) -> None:
-    message = refused("generate", int8 if kind == "int8" else SOURCE, "hello", "--device", "cuda")
-    assert "CUDA" in message
+@pytest.mark.parametrize("option", [("--device", "cuda"), ("--gpu-memory", "1GiB")])
+def test_a_gpu_that_is_not_there(option: tuple[str, str], int8: Path) -> None:
+    assert "CUDA" in refused("generate", int8, "hello", *option)
 
 
 def test_a_quantized_source(int8: Path, text: Path, tmp_path: Path) -> None:
@@ -450,6 +578,21 @@ def test_a_mistake_of_haq_itself_shows_where_it_is(
     result = quantize(text, tmp_path)
     assert result.exit_code == 1
     assert isinstance(result.exception, KeyError)
+
+
+@pytest.mark.parametrize(
+    "error", [ImportError("This tokenizer needs `sentencepiece`."), MemoryError("16 GB")]
+)
+def test_what_a_user_can_do_about_is_told(
+    error: Exception, call: Call, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answer(_: Call) -> object:
+        raise error
+
+    monkeypatch.setattr(Call, "answer", answer)
+    result = quantize(text, tmp_path)
+    assert result.exit_code == 1
+    assert result.stderr == f"haq: {error}\n"
 
 
 @pytest.mark.parametrize("note", [None, "haq: 3 blocks are done and kept."])
@@ -499,7 +642,81 @@ def test_what_is_not_understood(arguments: tuple[str, ...]) -> None:
     result = run(*arguments)
     assert result.exit_code == 2
     assert result.stdout == ""
-    assert "Usage" in plain(result.stderr)
+    assert "Usage" in result.stderr
+
+
+# --- What is not asked for ------------------------------------------------------------------------
+
+
+def test_libraries_are_quiet_and_as_loud_as_before_afterwards(
+    call: Call, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = []
+
+    def state() -> tuple[object, ...]:
+        levels = (logging.getLogger(name).level for name in ("haq", "huggingface_hub"))
+        bars, verbosity = theirs.is_progress_bar_enabled(), theirs.get_verbosity()
+        return (*levels, verbosity, bars)
+
+    def answer(_: Call) -> object:
+        warnings.warn("This function will be gone in 2031.", FutureWarning, stacklevel=1)
+        states.append(state())
+        return QuantizationReport("Toy", haq.QuantizationConfig(), 0, 0)
+
+    monkeypatch.setattr(Call, "answer", answer)
+    before = state()
+    result = quantize(text, tmp_path)
+    assert result.exit_code == 0
+    assert result.stderr == ""
+    assert states == [(logging.WARNING, logging.ERROR, logging.ERROR, False)]
+    assert state() == before
+
+
+def test_they_are_as_loud_as_they_are_asked_to_be(
+    call: Call, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def answer(_: Call) -> object:
+        seen.append(theirs.get_verbosity())
+        return QuantizationReport("Toy", haq.QuantizationConfig(), 0, 0)
+
+    monkeypatch.setattr(Call, "answer", answer)
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "info")
+    before = theirs.get_verbosity()
+    assert quantize(text, tmp_path).exit_code == 0
+    assert seen == [before]
+
+
+# --- Tables ---------------------------------------------------------------------------------------
+
+ROWS = [
+    ("layer", "shape", "same", "error"),
+    ("a.b", "8 x 16", "x", "1"),
+    ("c", "16 x 8", "x", "20"),
+]
+
+
+@pytest.mark.parametrize(
+    ("columns", "head", "gone"),
+    [
+        (None, "layer   shape  same  error", ""),
+        (26, "layer   shape  same  error", ""),
+        (25, "layer   shape  error", "same"),
+        (19, "layer  error", "same, shape"),
+        (3, "layer  error", "same, shape"),
+    ],
+)
+def test_a_table_has_no_more_columns_than_fit(
+    columns: int | None, head: str, gone: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(terminal, "width", lambda: columns)
+    lines = terminal.table(ROWS, left=["layer", "same"], spare=["shape", "same"]).splitlines()
+    assert lines[0] == head
+    assert lines[1] == "-" * len(head)
+    assert lines[2].split()[0] == "a.b"
+    assert [len(line) for line in lines[2:4]] == [len(head)] * 2
+    assert lines[4:] == (["", f"Too wide for this terminal, and left out: {gone}."] if gone else [])
 
 
 # --- As a process ---------------------------------------------------------------------------------

@@ -53,6 +53,7 @@ def test_profile_prints_json(text: Path, tmp_path: Path) -> None:
     options = ["--text", text, "--num-samples", 2, "--sequence-length", 32, "--json"]
     values = json.loads(done("profile", MIXTURE, tmp_path / "routing.npz", *options))
     assert values["layers"] == [f"model.layers.{i}.mlp.experts" for i in range(4)]
+    assert values["tokens"] == 64
     assert np.sum(values["counts"], 1).tolist() == [128] * 4
 
 
@@ -71,14 +72,18 @@ def test_generate_in_two_tiers_writes_what_the_model_writes(profiled: tuple[Path
     config = haq.OffloadConfig(max_length=inputs["input_ids"].shape[1] + 12)
     budget = haq.ExpertOffloader(model, device="cpu", config=config).budget
     half = budget.needed + 16 * budget.spare // 2
-    options = ["--max-new-tokens", 12, "--gpu-memory", half, "--statistics", profiled[0]]
+    options = ["--max-new-tokens", 12, "--gpu-memory", half, "--device", "cpu"]
+    options += ["--statistics", profiled[0]]
     result = run("generate", MIXTURE, PROMPT, *options)
     assert result.exit_code == 0, result.stderr
     assert result.stdout == tokenizer.decode(tokens[0], skip_special_tokens=True) + "\n"
-    # The report is not part of the text.
-    resident = [int(n) for n in re.findall(r"mlp\.experts +(\d+) ", result.stderr)]
-    assert sum(resident) == 16
-    assert "% of choices on the GPU" in result.stderr
+    # The report is not part of the text, and of its lines those that are for people.
+    assert re.match(r"\n[\d.]+ % of choices on the GPU; .*\n.* copied; prefetches: ", result.stderr)
+    assert "mlp.experts" not in result.stderr
+    values = json.loads(done("generate", MIXTURE, PROMPT, *options, "--json"))
+    assert values["text"] + "\n" == result.stdout
+    assert sum(values["offload"]["resident"]) == 16
+    assert values["offload"]["layers"] == [f"model.layers.{i}.mlp.experts" for i in range(4)]
 
 
 @pytest.mark.parametrize(
@@ -91,7 +96,7 @@ def test_generate_in_two_tiers_writes_what_the_model_writes(profiled: tuple[Path
     ],
 )
 def test_what_cannot_work_is_said(model: Path, options: list[str], message: str) -> None:
-    result = run("generate", model, PROMPT, *options)
+    result = run("generate", model, PROMPT, "--device", "cpu", *options)
     assert result.exit_code == 1
     assert message in result.stderr
     assert "Traceback" not in result.stderr

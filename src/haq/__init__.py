@@ -5,63 +5,42 @@
 Letters for shapes, everywhere: T tokens, K in-features, N out-features, D hidden size, B batch.
 """
 
-from haq.checkpoint import plain
-from haq.checkpoint.load import from_pretrained
-from haq.checkpoint.save import save_pretrained
-from haq.checkpoint.stream import quantize_checkpoint
-from haq.config import OffloadConfig, QuantizationConfig
-from haq.evaluation import Comparison, compare, evaluation_tokens, perplexity
-from haq.int8.matmul import backends, use_backend
-from haq.nn import Int8Experts, Int8Linear
-from haq.offload.costs import Costs
-from haq.offload.offloader import ExpertOffloader, find_offloader
-from haq.offload.placement import Placement
-from haq.offload.report import OffloadReport
-from haq.offload.routing import RoutingStatistics, routing_trace
-from haq.offload.simulation import Simulation, simulate
-from haq.quantization.calibration import calibration_batches
-from haq.quantization.pipeline import quantize_model
-from haq.quantization.report import (
-    BlockReport,
-    LayerReport,
-    QuantizationReport,
-    RoutingReport,
-    quantization_report,
-)
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from haq.arrivals import when_imported
 from haq.version import own_version
 
-__all__ = [
-    "BlockReport",
-    "Comparison",
-    "Costs",
-    "ExpertOffloader",
-    "Int8Experts",
-    "Int8Linear",
-    "LayerReport",
-    "OffloadConfig",
-    "OffloadReport",
-    "Placement",
-    "QuantizationConfig",
-    "QuantizationReport",
-    "RoutingReport",
-    "RoutingStatistics",
-    "Simulation",
-    "backends",
-    "calibration_batches",
-    "compare",
-    "evaluation_tokens",
-    "find_offloader",
-    "from_pretrained",
-    "perplexity",
-    "quantization_report",
-    "quantize_checkpoint",
-    "quantize_model",
-    "routing_trace",
-    "save_pretrained",
-    "simulate",
-    "use_backend",
-]
-
-plain.register()
-
 __version__ = own_version()
+
+if TYPE_CHECKING:
+    from haq.public import *  # noqa: F403 - all that there is
+    from haq.public import __all__ as __all__
+else:
+
+    def __getattr__(name: str) -> Any:
+        """The public names, all of them when the first one is used.
+
+        They need the modelling code of `transformers`, which takes a second and more to import.
+        Until then ``import haq`` costs next to nothing.
+        """
+        # What else Python looks for (`__path__`, `__wrapped__`) must not import all that.
+        if name == "__all__" or not name.startswith("_"):
+            public = import_module("haq.public")
+            names = {"__all__": public.__all__}
+            names |= {each: getattr(public, each) for each in public.__all__}
+            globals().update(names)
+            if name in names:
+                return names[name]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *import_module("haq.public").__all__})
+
+
+def _register() -> None:
+    import_module("haq.checkpoint.plain").register()
+
+
+# The registry of quantizers comes with the modelling code, and gets its entry as soon as it does.
+when_imported("transformers.quantizers.auto", _register)

@@ -30,7 +30,8 @@ class QuantizationConfig:
         exclude: names of modules that stay float, as shell-style patterns over the model's module
             names: ``lm_head``, ``*.down_proj``, ``model.layers.0``. What is inside a module that
             matches stays float with it. A pattern that matches nothing is an error, except in
-            the default.
+            the default. ``lm_head`` is the output head, whatever the model calls it; if no
+            pattern names it, as in ``exclude=()``, the head becomes int8 after the blocks.
         search_tokens: about how many calibration tokens the search for scales is judged on. The
             channel statistics always see all of them.
 

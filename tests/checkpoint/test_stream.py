@@ -233,15 +233,16 @@ def test_stopped_at_every_block_in_turn(source: Path, reference: Path, tmp_path:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("exclude", [("lm_head",), ()], ids=["head float", "head int8"])
 def test_stopped_before_any_change_of_the_disk(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    exclude: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each file that is waited for, each that is replaced, and each directory that is removed."""
     source, folder, moments, stop_at = tmp_path / "source", tmp_path / "outputs", 0, 0
     ARCHITECTURES["opt"]().save_pretrained(source)
     options: dict[str, Any] = {
         "calibration": CALIBRATION[:1],
-        "config": haq.QuantizationConfig(smoothing="none", rounding="nearest"),
+        "config": haq.QuantizationConfig(smoothing="none", rounding="nearest", exclude=exclude),
     }
 
     def stopping(original: Callable[..., Any]) -> Callable[..., Any]:

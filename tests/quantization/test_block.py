@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from haq import QuantizationConfig
-from haq.model.blocks import BlockBatch, BlockCall
+from haq.model.blocks import BlockBatch, BlockCall, evenly_spread
 from haq.nn import Int8Linear
 from haq.quantization import block as block_module
 from haq.quantization import layers as layers_module
@@ -559,7 +559,7 @@ def test_the_search_looks_at_batches_from_all_over(tokens: int, expected: list[i
         BlockBatch(torch.full((1, 10, 1), float(i)), BlockCall((), {}), torch.ones(1, 10).bool())
         for i in range(10)
     ]
-    sample = block_module._evenly_spread(batches, tokens)
+    sample = evenly_spread(batches, tokens)
     assert [int(batch.hidden[0, 0, 0]) for batch in sample] == expected
 
 

@@ -648,6 +648,24 @@ def test_copies_and_pickles_give_the_same_logits(name: str) -> None:
         assert_same_bits(other, model)
 
 
+@pytest.mark.parametrize("exclude", [("lm_head",), ()], ids=["head float", "head int8"])
+@pytest.mark.parametrize("name", ["opt", "llama", "gemma2", "gpt2"])
+def test_all_modules_share_the_configuration_of_the_model(
+    name: str, exclude: tuple[str, ...]
+) -> None:
+    """Blocks are copies: what is set in the model's configuration has to reach them, too."""
+    model = quantize(name, exclude=exclude)
+    configs = [module.config for module in model.modules() if hasattr(module, "config")]
+    assert len(configs) > LAYERS
+    assert all(config is model.config for config in configs)
+    other = copy.deepcopy(model)
+    other.set_attn_implementation("eager")
+    ids = token_ids(2, 24, seed=99)
+    torch.testing.assert_close(logits_of(other, ids), logits_of(model, ids), rtol=0, atol=5e-3)
+    configs = [module.config for module in other.modules() if hasattr(module, "config")]
+    assert {config._attn_implementation for config in configs} == {"eager"}
+
+
 def test_a_copy_does_not_share_its_report() -> None:
     other = copy.deepcopy(quantized("opt"))
     quantization_report(other).blocks.clear()
@@ -809,6 +827,7 @@ PUBLIC = {
     "Simulation": haq.offload.simulation,
     "backends": haq.int8.matmul,
     "calibration_batches": haq.quantization.calibration,
+    "channel_magnitudes": haq.evaluation,
     "compare": haq.evaluation,
     "evaluation_tokens": haq.evaluation,
     "find_offloader": haq.offload.offloader,

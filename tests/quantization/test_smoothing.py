@@ -357,7 +357,7 @@ def test_the_best_candidate_of_one_linear(linear: nn.Module) -> None:
     sample, statistics = inputs[::4], statistics_of(inputs)
     state = copy.deepcopy(linear.state_dict())
     with torch.no_grad():
-        choice = choose_scale_of_layer(linear, statistics, sample, search_candidates())
+        choice = choose_scale_of_layer([linear], statistics, sample, search_candidates())
     # Input channels are the rows of a `Conv1D` and the columns of a linear.
     weight = linear.weight.detach().abs().amax(1 if isinstance(linear, Conv1D) else 0)
     scales = {c: candidate_scale(c, statistics, weight) for c in search_candidates()}
@@ -371,7 +371,7 @@ def test_the_best_candidate_of_one_linear(linear: nn.Module) -> None:
 def test_a_single_candidate_of_one_linear_needs_no_sample() -> None:
     linear, statistics = nn.Linear(CHANNELS, 20), statistics_of(inputs_with_outliers())
     candidate = Candidate("smoothquant", 0.5)
-    choice = choose_scale_of_layer(linear, statistics, torch.empty(0, CHANNELS), [candidate])
+    choice = choose_scale_of_layer([linear], statistics, torch.empty(0, CHANNELS), [candidate])
     assert choice.candidate == candidate
     expected = candidate_scale(candidate, statistics, linear.weight.detach().abs().amax(0))
     torch.testing.assert_close(choice.scale, expected, rtol=0, atol=0)
@@ -381,7 +381,7 @@ def test_the_first_of_equals_wins_for_one_linear_too() -> None:
     linear, inputs = nn.Linear(CHANNELS, 20), inputs_with_outliers()
     candidates = [Candidate("none", 0.1), Candidate("none", 0.2)]
     with torch.no_grad():
-        choice = choose_scale_of_layer(linear, statistics_of(inputs), inputs, candidates)
+        choice = choose_scale_of_layer([linear], statistics_of(inputs), inputs, candidates)
     assert choice.candidate == candidates[0]
 
 

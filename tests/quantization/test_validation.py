@@ -312,9 +312,9 @@ def test_a_model_that_is_int8_already() -> None:
 def test_nothing_to_quantize(refused: Callable[..., None]) -> None:
     match = (
         r"Nothing to quantize: OPTForCausalLM has 12 layers in its blocks, all of them "
-        r"excluded by `exclude=\('\*layers\*',\)`\."
+        r"excluded by `exclude=\('lm_head', '\*layers\*'\)`\."
     )
-    refused(ARCHITECTURES["opt"](), [IDS], ValueError, match, exclude=("*layers*",))
+    refused(ARCHITECTURES["opt"](), [IDS], ValueError, match, exclude=("lm_head", "*layers*"))
 
 
 # --- Mixtures of experts --------------------------------------------------------------------------
@@ -339,7 +339,7 @@ def test_nothing_to_quantize_in_a_mixture(
     refused: Callable[..., None], tiny_mixtral: Callable[..., PreTrainedModel]
 ) -> None:
     """Four linears and one set of experts in each of two blocks; routers stay float anyway."""
-    exclude = ("*.self_attn", "*.experts")
+    exclude = ("lm_head", "*.self_attn", "*.experts")
     match = r"Nothing to quantize: MixtralForCausalLM has 10 layers in its blocks, all of them"
     refused(tiny_mixtral(vocab_size=VOCABULARY), [IDS], ValueError, match, exclude=exclude)
 

@@ -11,10 +11,11 @@ from transformers.utils import logging
 
 from haq.checkpoint.files import TensorFiles
 from haq.checkpoint.format import Stored
+from haq.logs import get_logger
 from haq.model.published import tied_names
 from haq.nn import Int8Linear
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 
 def check_headers(stored: Sequence[Stored], files: TensorFiles, model: PreTrainedModel) -> None:
@@ -63,6 +64,8 @@ def fill(
     files: TensorFiles,
     device: torch.device,
     dtype: torch.dtype | None,
+    *,
+    progress: bool = False,
 ) -> None:
     """Read every tensor to where it belongs, module by module.
 
@@ -72,11 +75,16 @@ def fill(
         files: what it is read from.
         device: where it goes.
         dtype: of what is float; as it is on disk if None.
+        progress: show a bar with the modules read and the time left.
 
     Raises:
         ValueError: a value of an int8 layer cannot be; the message names tensor and file.
     """
-    for owner, tensors in _by_owner(stored).items():
+    by_owner = _by_owner(stored)
+    # None: shown on a terminal or in a notebook, not in a file.
+    disable = None if progress else True
+    bar = logging.tqdm(by_owner.items(), desc="Loading", unit="module", disable=disable)
+    for owner, tensors in bar:
         module = model.get_submodule(owner)
         values = _read(tensors, module, files)
         if isinstance(module, Int8Linear):

@@ -174,14 +174,31 @@ def _is_tied_head(model: nn.Module, name: str) -> bool:
     return isinstance(model, PreTrainedModel) and weight is model.get_input_embeddings().weight
 
 
-def quantization_entry(ignore: Sequence[str]) -> dict[str, Any]:
+def int8_heads(model: PreTrainedModel, pieces: Sequence[Piece]) -> list[str]:
+    """Names of an int8 head, on disk and in the model; none if it is float.
+
+    Args:
+        model: with int8 modules.
+        pieces: `published_pieces` of the same model in float.
+    """
+    head = model.get_output_embeddings()
+    if not isinstance(head, Int8Linear):
+        return []
+    own = {name for name, module in model.named_modules() if module is head}
+    stored = {p.name.removesuffix(".weight") for p in pieces if p.parameter[:-7] in own}
+    return sorted(own | stored)
+
+
+def quantization_entry(ignore: Sequence[str], heads: Sequence[str] = ()) -> dict[str, Any]:
     """``quantization_config`` of ``config.json``: W8A8, per channel and per token, symmetric.
 
     Args:
         ignore: names on disk of the modules that stay float.
+        heads: names of an int8 head. It needs to be named: to who serves a model a head is no
+            "Linear" as others are, and is float unless it is a target by itself.
     """
     group = {
-        "targets": ["Linear"],
+        "targets": ["Linear", *heads],
         "format": "int-quantized",
         "weights": _WEIGHTS,
         "input_activations": _ACTIVATIONS,

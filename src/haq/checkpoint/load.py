@@ -15,10 +15,11 @@ from haq.checkpoint.files import TensorFiles, read_json
 from haq.checkpoint.fill import check_headers, fill
 from haq.checkpoint.format import FORMAT_VERSION, HAQ_FILE, check_entry, stored_tensors
 from haq.devices import checked_device
+from haq.model.attention import use_fast_attention
 from haq.model.experts import Activation, is_fused_experts, unfused_shapes
 from haq.model.linears import bias_view, is_linear, weight_view
 from haq.model.published import Piece, published_pieces, skeleton
-from haq.nn import Int8Experts, Int8Linear
+from haq.nn import Int8Experts, Int8Linear, fuse_norms
 from haq.offload.budget import parse_memory
 from haq.offload.offloader import ExpertOffloader
 from haq.quantization.guard import guard
@@ -89,13 +90,16 @@ def from_pretrained(
             f"`{folder / HAQ_FILE}` has `{name}` in `asymmetric`, which is no int8 layer of the "
             f"model in `{folder / 'config.json'}`: one of them is damaged."
         )
-    fill(model, stored, files, place, dtype)
+    fill(model, stored, files, place, dtype, progress=True)
     model.tie_weights()
     if generation is not None:
         model.generation_config = generation
     if dtype is not None:
         model.config.dtype = dtype
     guard(model)
+    use_fast_attention(model)
+    if torch.cuda.is_available():  # Elsewhere a fused norm is the same as any.
+        fuse_norms(model)
     if report is not None:
         attach_report(model, report)
     if gpu_memory is not None:

@@ -25,6 +25,7 @@ from haq.checkpoint.format import (
     HAQ_FILE,
     Stored,
     float_modules,
+    int8_heads,
     quantization_entry,
     stored_tensors,
 )
@@ -89,7 +90,8 @@ def save_pretrained(
     with new_directory(directory) as folder:
         # What is small first: what fails there does not cost the time that tensors take.
         ignore, asymmetric = float_modules(model, pieces), sorted(asymmetric_layers(model))
-        write_configs(folder, model, model.dtype, ignore, asymmetric, find_report(model))
+        heads = int8_heads(model, pieces)
+        write_configs(folder, model, model.dtype, ignore, heads, asymmetric, find_report(model))
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         write_tensors(folder, model, stored_tensors(model, pieces), max_shard_size)
@@ -190,6 +192,7 @@ def write_configs(
     model: PreTrainedModel,
     dtype: torch.dtype,
     ignore: Sequence[str],
+    heads: Sequence[str],
     asymmetric: Sequence[str],
     report: QuantizationReport | None,
     notes: Mapping[str, str] = MappingProxyType({}),
@@ -201,6 +204,7 @@ def write_configs(
         model: has both configurations; its weights are not looked at.
         dtype: of what is float.
         ignore: names on disk of the modules that stay float.
+        heads: names of an int8 head.
         asymmetric: layers whose inputs have zero points, and experts whose second ones do.
         report: how the model was made, if that is known.
         notes: more for ``haq.json``.
@@ -208,7 +212,7 @@ def write_configs(
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     config.dtype = str(dtype).removeprefix("torch.")
-    config.quantization_config = quantization_entry(ignore)
+    config.quantization_config = quantization_entry(ignore, heads)
     config.save_pretrained(folder)
     if model.can_generate() and model.generation_config is not None:
         model.generation_config.save_pretrained(folder)

@@ -1,21 +1,22 @@
 """`quantize_checkpoint`: a model that does not fit into memory, from disk to disk."""
 
+import copy
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from torch import Tensor, distributed, nn
 from transformers import GenerationConfig
 from transformers.utils import logging
 
 from haq.checkpoint.files import INDEX, TensorFiles, read_json
 from haq.checkpoint.fill import check_headers, fill
-from haq.checkpoint.format import HAQ_FILE, float_modules, stored_tensors
+from haq.checkpoint.format import HAQ_FILE, float_modules, int8_heads, stored_tensors
 from haq.checkpoint.job import describe, digest
 from haq.checkpoint.load import float_model
 from haq.checkpoint.progress import Progress, finish, only_one, to_disk
@@ -27,15 +28,20 @@ from haq.checkpoint.save import (
     write_json,
     write_safetensors,
 )
+from haq.checkpoint.source import copy_tokenizer, local_folder
 from haq.config import QuantizationConfig
 from haq.devices import checked_device
+from haq.logs import get_logger
 from haq.memory import give_back
-from haq.model.blocks import BlockInputs, capture_block_inputs, run_block
-from haq.model.published import Piece, published_pieces
+from haq.model.blocks import BlockBatch, BlockInputs, capture_block_inputs, run_block
+from haq.model.heads import untied, write_at_once
+from haq.model.published import Piece, published_pieces, skeleton
+from haq.model.tail import Route, tail_batches
 from haq.processes import Processes
 from haq.quantization.block import quantize_block
-from haq.quantization.pipeline import check_finite, kept_float, names_inside
-from haq.quantization.report import BlockReport, QuantizationReport
+from haq.quantization.head import quantize_head
+from haq.quantization.pipeline import check_finite, find_route, kept_float, names_inside
+from haq.quantization.report import BlockReport, LayerReport, QuantizationReport
 from haq.quantization.validation import (
     check_iterable,
     check_weights_finite,
@@ -43,16 +49,7 @@ from haq.quantization.validation import (
     checked_structure,
 )
 
-# Beside weights and configs, what belongs to a tokenizer.
-_TOKENIZER = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "*.jinja",
-)
+logger = get_logger(__name__)
 
 
 @torch.inference_mode(False)
@@ -103,7 +100,7 @@ def quantize_checkpoint(
     config = QuantizationConfig() if config is None else config
     if not isinstance(config, QuantizationConfig):
         raise TypeError(f"`config` must be a QuantizationConfig, got {type(config).__name__}.")
-    folder, target = _local(source), Path(output).resolve()  # "." has no name.
+    folder, target = local_folder(source), Path(output).resolve()  # "." has no name.
     check_iterable(calibration)
     batches = list(calibration)
     job = describe(folder, batches, config)
@@ -120,14 +117,16 @@ def quantize_checkpoint(
         if not resume and processes.first:
             _empty(incomplete)
         state = Progress(incomplete, job, processes)
+        if state.parts and processes.first:
+            logger.info(f"Going on after the {_blocks(state)} blocks done in `{incomplete}`.")
         try:
             streamed = _Streamed(folder, config, place, processes)
             report = streamed.run(batches, state, progress)
         except BaseException as error:
             if state.parts:
                 error.add_note(
-                    f"haq: {len(state.parts) - 1} blocks are done and kept in `{incomplete}`. The "
-                    "same call goes on after them."
+                    f"haq: {_blocks(state)} blocks are done and kept in `{incomplete}`. The same "
+                    "call goes on after them."
                 )
             elif processes.first:
                 shutil.rmtree(incomplete, ignore_errors=True)
@@ -155,7 +154,8 @@ class _Streamed:
         self.pieces = published_pieces(self.model)
         self.stored = stored_tensors(self.model, self.pieces)
         check_headers(self.stored, self.files, self.model)
-        self.name, self.blocks, self.excluded = checked_structure(self.model, config)
+        self.structure = checked_structure(self.model, config)
+        self.name, self.blocks = self.structure.name, self.structure.blocks
 
     def run(
         self,
@@ -166,26 +166,44 @@ class _Streamed:
         """Every part that is not done yet, and what belongs around the tensors."""
         self._load("")
         check_weights_finite(self.model)
-        inputs = self._inputs(checked_batches(calibration, self.model), state)
+        batches = checked_batches(calibration, self.model)
+        inputs = self._inputs(batches, state)
         if not state.parts:
-            kept = kept_float(self.model, self.blocks, f"{self.name}.", self.excluded)
-            file = self._write(0, "", state)
-            notes = self._notes("") | {"file": file, "kept": kept}
+            notes = self._around(state) | {"kept": kept_float(self.model, self.structure)}
             inputs.hidden = state.commit(notes, None, len(inputs.hidden))
+        left = self.structure if _head(state) is None else replace(self.structure, head=None)
+        route = find_route(self.model, left, inputs, batches)
         dtype = self.model.dtype
         self._forget_what_is_around()
-        self._quantize_blocks(inputs, state, progress)
+        with self._bar(state, progress) as bar:
+            for i in range(_blocks(state), len(self.blocks)):
+                self._quantize_block(i, inputs, state)
+                bar.update()
+            if route is not None:
+                self._quantize_head(route, list(tail_batches(inputs, batches)), state)
+                bar.update()
         report = QuantizationReport(
             type(self.model).__name__,
             self.config,
             len(self.blocks),
             inputs.num_tokens,
-            [BlockReport.from_dict(part["report"]) for part in state.parts[1:]],
+            [BlockReport.from_dict(part["report"]) for part in state.parts if "report" in part],
             state.parts[0]["kept"],
+            with_head=self.structure.head is not None,
+            head=_head(state),
         )
         if self.processes.first:
             self._write_around(state, report, dtype)
         return report
+
+    def _around(self, state: Progress) -> dict[str, Any]:
+        """Write what is around the blocks, and note what is said of it.
+
+        With an int8 head that comes last: the head's scale is folded into a part of it.
+        """
+        if self.structure.head is not None:
+            return {"file": None, "ignore": [], "asymmetric": []}
+        return self._notes("") | {"file": self._write(0, "", state)}
 
     def _inputs(self, batches: list[dict[str, Tensor]], state: Progress) -> BlockInputs:
         """How every block is called, and what enters the one that is next."""
@@ -198,18 +216,14 @@ class _Streamed:
             self.blocks[0].to("meta")
         return inputs
 
-    def _quantize_blocks(self, inputs: BlockInputs, state: Progress, progress: bool) -> None:
-        bar = logging.tqdm(
-            total=len(self.blocks),
+    def _bar(self, state: Progress, progress: bool) -> Any:
+        return logging.tqdm(
+            total=len(self.blocks) + (self.structure.head is not None),
             initial=len(state.parts) - 1,
             desc="Quantizing",
             unit="block",
             disable=None if progress and self.processes.first else True,
         )
-        with bar:
-            for i in range(len(state.parts) - 1, len(self.blocks)):
-                self._quantize_block(i, inputs, state)
-                bar.update()
 
     def _quantize_block(self, i: int, inputs: BlockInputs, state: Progress) -> None:
         """One block from disk to disk. Nothing of it is held when the next one is read."""
@@ -224,7 +238,7 @@ class _Streamed:
             batches,
             self.config,
             prefix,
-            names_inside(self.excluded, prefix),
+            names_inside(self.structure.excluded, prefix),
             use_up=True,
             processes=self.processes,
         )
@@ -235,6 +249,20 @@ class _Streamed:
         check_finite(hidden, prefix)
         self.blocks[i] = nn.Identity()
         inputs.hidden = state.commit(notes, hidden, len(batches))
+
+    def _quantize_head(self, route: Route, batches: Sequence[BlockBatch], state: Progress) -> None:
+        """The head and all that is around the blocks, from disk to disk."""
+        give_back()
+        self._load("")
+        excluded = self.structure.excluded
+        head = quantize_head(route, batches, self.config, excluded, self.processes)
+        write_at_once(head.places(route))
+        # Tied to the embeddings before, it is a tensor of its own now.
+        self.pieces = published_pieces(skeleton(type(self.model), copy.deepcopy(self.model.config)))
+        notes = self._notes("") | {"head": asdict(head.report)}
+        notes["heads"] = int8_heads(self.model, self.pieces)
+        notes["file"] = self._write(0, "", state)
+        state.commit(notes, None, len(batches))
 
     def _load(self, prefix: str) -> None:
         """Fill a block, or with an empty prefix everything around them, from the source."""
@@ -276,7 +304,8 @@ class _Streamed:
         self, state: Progress, report: QuantizationReport, dtype: torch.dtype
     ) -> None:
         """Index, configs and tokenizer: with them the directory is complete."""
-        headers = [TensorFiles(state.model, part["file"]).headers for part in state.parts]
+        files = [part["file"] for part in state.parts if part["file"] is not None]
+        headers = [TensorFiles(state.model, file).headers for file in files]
         weight_map = {n: h.file.name for group in headers for n, h in group.items()}
         size = sum(h.num_bytes for group in headers for h in group.values())
         write_json(
@@ -287,11 +316,22 @@ class _Streamed:
         ignore = sorted({name for part in state.parts for name in part["ignore"]})
         asymmetric = sorted({name for part in state.parts for name in part["asymmetric"]})
         notes = {"job": digest(state.job)}
-        write_configs(state.model, self.model, dtype, ignore, asymmetric, report, notes)
-        for pattern in _TOKENIZER:
-            for file in sorted(self.folder.glob(pattern)):
-                if file.is_file():
-                    shutil.copyfile(file, state.model / file.name)
+        heads = state.parts[-1].get("heads", [])
+        if report.head is not None:  # It may have been done before this call.
+            write_at_once(untied(self.model, report.head.name))
+        write_configs(state.model, self.model, dtype, ignore, heads, asymmetric, report, notes)
+        copy_tokenizer(self.folder, state.model)
+
+
+def _blocks(state: Progress) -> int:
+    """How many blocks are done."""
+    return sum("report" in part for part in state.parts)
+
+
+def _head(state: Progress) -> LayerReport | None:
+    """The line of the head, if that is done."""
+    values = next((part["head"] for part in state.parts if "head" in part), None)
+    return None if values is None else LayerReport(**values)
 
 
 def _belongs(name: str, prefix: str, inside: str) -> bool:
@@ -318,26 +358,6 @@ def _own(device: str | torch.device) -> str | torch.device:
         return device
     torch.cuda.set_device(int(rank))  # The backend that sums needs to know as well.
     return torch.device("cuda", int(rank))
-
-
-def _local(source: str | os.PathLike[str]) -> Path:
-    """The directory of a checkpoint; one of the hub is downloaded to the hub's cache."""
-    folder = Path(source)
-    if not folder.is_dir():
-        if folder.is_absolute() or len(folder.parts) != 2:
-            raise FileNotFoundError(
-                f"`source` must be the directory of a checkpoint or a name on the hub, got "
-                f"`{source}`."
-            )
-        patterns = ["*.json", "*.safetensors", *_TOKENIZER]
-        folder = Path(snapshot_download(str(source), allow_patterns=patterns))
-    entry = read_json(folder / "config.json").get("quantization_config")
-    if entry is not None:
-        raise ValueError(
-            f"`{folder / 'config.json'}` must be of a float model, got one quantized with "
-            f"{entry.get('quant_method')!r}. Take the original checkpoint."
-        )
-    return folder
 
 
 def _already_done(output: Path, job: dict[str, Any]) -> QuantizationReport | None:

@@ -9,13 +9,14 @@ run in which every block is replaced by a stub.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from haq.model.stand_ins import StandIn, replaced
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,13 @@ class BlockInputs:
         hidden: one float tensor ``[B, T, D]`` per batch, the input of the block that is next.
         calls: ``calls[batch][block]``, the block's other arguments.
         masks: one bool tensor ``[B, T]`` per batch, False at padding.
+        wrap: makes what a block returns of the hidden states that come out of it.
     """
 
     hidden: list[Tensor]
     calls: list[list[BlockCall]]
     masks: list[Tensor]
+    wrap: Callable[[Tensor], Any] = lambda hidden: hidden
 
     @property
     def num_tokens(self) -> int:
@@ -132,10 +135,10 @@ def capture_block_inputs(
     wrap: Callable[[Tensor], Any] | None = None
     for batch in batches:
         if wrap is None:
-            wrap = _output_form(model, blocks[0], batch)
+            inputs.wrap = wrap = _output_form(model, blocks[0], batch)
         recorder = _Recorder(wrap)
-        stubs = [_Stub(recorder, is_last=i == len(blocks) - 1) for i in range(len(blocks))]
-        with _replaced(blocks, stubs), torch.no_grad():
+        stubs = [_Stub(b, recorder, is_last=i == len(blocks) - 1) for i, b in enumerate(blocks)]
+        with replaced(blocks, stubs), torch.no_grad():
             try:
                 model(**batch, use_cache=False)
             except _AllBlocksSeen:
@@ -157,6 +160,13 @@ def run_block(block: nn.Module, batch: BlockBatch) -> Tensor:
     with torch.no_grad():
         output = block(batch.hidden, *batch.call.args, **batch.call.kwargs)
     return first_tensor(output)
+
+
+def evenly_spread(batches: Sequence[BlockBatch], tokens: int) -> list[BlockBatch]:
+    """Whole batches from all over the calibration set, with about ``tokens`` tokens."""
+    mean = sum(int(batch.mask.sum()) for batch in batches) / len(batches)
+    count = min(len(batches), max(1, round(tokens / mean)))
+    return [batches[i * len(batches) // count] for i in range(count)]
 
 
 def first_tensor(output: Any) -> Tensor:
@@ -220,11 +230,11 @@ class _Recorder:
         self.calls.append(BlockCall(args, kwargs))
 
 
-class _Stub(nn.Module):
+class _Stub(StandIn):
     """Passes hidden states through unchanged and notes how it was called."""
 
-    def __init__(self, recorder: _Recorder, *, is_last: bool) -> None:
-        super().__init__()
+    def __init__(self, block: nn.Module, recorder: _Recorder, *, is_last: bool) -> None:
+        super().__init__(block)
         # Held in a tuple so that `nn.Module` does not look inside.
         self._recorder = (recorder,)
         self._is_last = is_last
@@ -261,22 +271,6 @@ def _output_form(
     finally:
         handle.remove()
     return lambda hidden: hidden
-
-
-@contextmanager
-def _replaced(blocks: nn.ModuleList, stubs: Sequence[nn.Module]) -> Iterator[None]:
-    originals = list(blocks)
-    try:
-        for i, stub in enumerate(stubs):
-            # Some models look at attributes of a block before they call it (`attention_type`).
-            for name, value in vars(originals[i]).items():
-                if not name.startswith("_") and name != "training":
-                    object.__setattr__(stub, name, value)
-            blocks[i] = stub
-        yield
-    finally:
-        for i, original in enumerate(originals):
-            blocks[i] = original
 
 
 def _share_equal_tensors(

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from haq.model.blocks import token_rows
 from haq.model.experts import ExpertList, is_experts, is_offloaded
@@ -96,7 +97,10 @@ def _the_same(what: str, numbers: Mapping[str, int]) -> int:
 
 
 def routings(
-    model: PreTrainedModel, batches: Iterable[Tensor | Mapping[str, Tensor]]
+    model: PreTrainedModel,
+    batches: Iterable[Tensor | Mapping[str, Tensor]],
+    *,
+    progress: bool = False,
 ) -> Iterator[list[Routing]]:
     """Run the model on each batch, and tell what every layer chose.
 
@@ -107,6 +111,7 @@ def routings(
         model: a mixture of experts of `transformers`, float or int8.
         batches: int64 token ids ``[B, T]``, or mappings with ``input_ids`` and, if there is
             padding, ``attention_mask``.
+        progress: show a bar with the batches done and the time left.
 
     Yields:
         One `Routing` for each layer of `experts_modules`, with the same tokens in the same order.
@@ -129,7 +134,10 @@ def routings(
             "batch in a list."
         )
     number = 0
-    for number, batch in enumerate(batches, start=1):
+    # None: shown on a terminal or in a notebook, not in a file.
+    disable = None if progress else True
+    bar = logging.tqdm(batches, desc="Routing", unit="batch", disable=disable)
+    for number, batch in enumerate(bar, start=1):
         yield _routing_of(model, layers, _checked(f"`batches[{number - 1}]`", batch, model))
     if not number:
         raise ValueError(

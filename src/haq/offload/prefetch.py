@@ -3,14 +3,14 @@
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from transformers.utils import logging
 
+from haq.logs import get_logger
 from haq.offload.costs import Costs
 from haq.offload.schedule import MOST_TOKENS_TO_PREDICT, arrives_in_time, prefetch_gain
 from haq.offload.slots import SpareSlots
 from haq.offload.watch import RoutingWatch
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 
 class Prefetcher:
@@ -55,7 +55,7 @@ class Prefetcher:
         failures = self._spare.forget_failures()
         if failures:
             self.stopped = str(failures[0]).partition("\n")[0] or type(failures[0]).__name__
-            logger.warning(f"haq: experts are not prefetched any more: {self.stopped}")
+            logger.warning(f"Experts are not prefetched any more: {self.stopped}")
             return
         best = self._best(layer)
         if best is not None:

@@ -92,13 +92,15 @@ class RoutingStatistics:
         self.transitions: NDArray[np.int64] = np.zeros((_AHEAD, *size, num_experts), np.int64)
 
     @classmethod
-    def collect(cls, model: PreTrainedModel, batches: Batches) -> Self:
+    def collect(cls, model: PreTrainedModel, batches: Batches, *, progress: bool = True) -> Self:
         """What the model chooses in one pass over batches; the model is unchanged.
 
         Args:
             model: a mixture of experts of `transformers`, float or int8.
             batches: int64 token ids ``[B, T]``, or mappings with ``input_ids`` and, if there is
                 padding, ``attention_mask``. Padding is left out.
+            progress: show a bar with the batches done and the time left. It hides when the output
+                is not a terminal, and where transformers' progress bars are switched off.
 
         Raises:
             TypeError: a batch or the model is of the wrong kind.
@@ -106,7 +108,7 @@ class RoutingStatistics:
                 its layers have different numbers of them.
         """
         statistics: Self | None = None
-        for layers in routings(model, batches):
+        for layers in routings(model, batches, progress=progress):
             indices = [layer.index for layer in layers]
             if statistics is None:
                 found = experts_modules(model)

@@ -6,7 +6,7 @@ from torch import nn
 
 from haq.config import QuantizationConfig
 from haq.memory import give_back
-from haq.model.blocks import BlockBatch
+from haq.model.blocks import BlockBatch, evenly_spread
 from haq.model.groups import find_groups
 from haq.nn import Int8Experts, Int8Linear
 from haq.processes import ALONE, Processes
@@ -45,7 +45,7 @@ def quantize_block(
     """
     work = BlockWork(block, name, excluded, config, processes, use_up=use_up)
     give_back()
-    some = _evenly_spread(batches, config.search_tokens)
+    some = evenly_spread(batches, config.search_tokens)
     sample = [batch.float() for batch in some]
     groups = find_groups(work.block, sample[0])
     work.check_weights_are_only_multiplied(groups, sample[0])
@@ -74,13 +74,6 @@ def quantize_block(
         work.routing_reports(experts, inputs, routed, some),
     )
     return work.block, report
-
-
-def _evenly_spread(batches: Sequence[BlockBatch], tokens: int) -> list[BlockBatch]:
-    """Whole batches from all over the calibration set, with about ``tokens`` tokens."""
-    mean = sum(int(batch.mask.sum()) for batch in batches) / len(batches)
-    count = min(len(batches), max(1, round(tokens / mean)))
-    return [batches[i * len(batches) // count] for i in range(count)]
 
 
 def _restore_dtypes(work: nn.Module, original: nn.Module) -> None:

@@ -154,7 +154,7 @@ class _Work:
             statistics.update(self._middle(chunk))
         if not self.starved:  # The sample is the same in all processes.
             statistics.sum_over(self.processes)
-        choice = choose_scale_of_layer(self.expert.down, statistics, sample, candidates)
+        choice = choose_scale_of_layer([self.expert.down], statistics, sample, candidates)
         rows = rows.to(sample.device)
         weight_view(self.expert.up)[rows] /= choice.scale[:, None]
         bias = bias_view(self.expert.up)

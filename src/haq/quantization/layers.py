@@ -11,7 +11,7 @@ from haq.int8 import grid
 from haq.int8.tokens import round_tokens
 from haq.model.linears import bias_view, weight_view
 from haq.nn import Int8Linear
-from haq.quantization.hessian import SecondMoment, inverse_factor
+from haq.quantization.hessian import InverseFactor, SecondMoment, inverse_factor
 from haq.quantization.rounding import round_with_compensation
 
 # Share of the squared error that may be left. It tells most inputs that come out of an activation,
@@ -52,26 +52,53 @@ def round_together(
         damping: fraction of the Hessian's mean diagonal to start with.
         asymmetric: how their input is rounded.
     """
-    hessian = moment.take_mean()
-    if not bool(hessian.diagonal().any()):
-        return Rounded(remark="its input was zero for every token: rounded to nearest")
-    factor = inverse_factor(hessian, damping, use_up=True)
-    if factor is None:
-        return Rounded(remark="its Hessian could not be factored: rounded to nearest")
+    found = factored(moment, damping)
+    if found.factor is None:
+        return Rounded(remark=found.remark)
     weights = [weight_view(linear) for linear in linears.values()]
     stacked = weights[0] if len(weights) == 1 else torch.cat(weights)
     scale = grid.row_scale(stacked)
-    integers = round_with_compensation(stacked, scale, factor.upper)
+    integers = round_with_compensation(stacked, scale, found.factor.upper)
     sizes = [len(weight) for weight in weights]
     parts = zip(linears.items(), integers.split(sizes), scale.split(sizes), strict=True)
-    remark = ""
-    if factor.damping > damping:
-        remark = f"damping raised to {factor.damping:g}, diagonal floor {factor.floor:g}"
     modules = {
         name: Int8Linear(q.contiguous(), s, bias_view(linear), asymmetric=asymmetric)
         for (name, linear), q, s in parts
     }
-    return Rounded(modules, remark)
+    return Rounded(modules, found.remark)
+
+
+@dataclass(frozen=True)
+class Factored:
+    """What rounding takes of a Hessian, and what did not go as configured.
+
+    Attributes:
+        factor: None if the Hessian is of no use.
+        remark: empty if all is well.
+    """
+
+    factor: InverseFactor | None
+    remark: str = ""
+
+
+def factored(moment: SecondMoment, damping: float) -> Factored:
+    """The factor of a Hessian.
+
+    Args:
+        moment: of an input as the int8 product will see it. Used up: its memory is freed.
+        damping: fraction of the Hessian's mean diagonal to start with.
+    """
+    hessian = moment.take_mean()
+    if not bool(hessian.diagonal().any()):
+        return Factored(None, "its input was zero for every token: rounded to nearest")
+    factor = inverse_factor(hessian, damping, use_up=True)
+    if factor is None:
+        return Factored(None, "its Hessian could not be factored: rounded to nearest")
+    if factor.damping == damping:
+        return Factored(factor)
+    return Factored(
+        factor, f"damping raised to {factor.damping:g}, diagonal floor {factor.floor:g}"
+    )
 
 
 def update_quantized(moment: SecondMoment, inputs: Tensor, asymmetric: bool = False) -> None:
@@ -119,17 +146,17 @@ class OutputError:
     def __init__(self, linear: nn.Module, module: Int8Linear) -> None:
         self._weight, self._bias = weight_view(linear), bias_view(linear)
         self._module = module
-        self._error = self._energy = 0.0
+        self.error = self.energy = 0.0
 
     def update(self, inputs: Tensor) -> None:
         """Add the tokens of ``inputs``, float32 ``[T, K]``."""
         exact = functional.linear(inputs, self._weight, self._bias)
-        self._error += float((self._module(inputs) - exact).square().sum())
-        self._energy += float(exact.square().sum())
+        self.error += float((self._module(inputs) - exact).square().sum())
+        self.energy += float(exact.square().sum())
 
     def relative(self) -> float:
         """The error as a share of the output; 0 where the output was zero or no token came."""
-        return self._error / self._energy if self._energy > 0 else 0.0
+        return self.error / self.energy if self.energy > 0 else 0.0
 
 
 def output_error(linear: nn.Module, module: Int8Linear, inputs: Tensor) -> float:

@@ -1,6 +1,7 @@
 """`quantize_model`: one decoder block after the other, from float to int8."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -8,14 +9,24 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from haq.config import QuantizationConfig
-from haq.model.blocks import BlockInputs, capture_block_inputs, run_block
+from haq.model.attention import use_fast_attention
+from haq.model.blocks import BlockBatch, BlockInputs, capture_block_inputs, run_block
 from haq.model.experts import fused_experts, routers, unknown_weights
+from haq.model.heads import write_at_once
 from haq.model.linears import linears
-from haq.nn import Int8Linear
+from haq.model.tail import Route, tail_batches
+from haq.nn import Int8Linear, fuse_norms
 from haq.quantization.block import quantize_block
 from haq.quantization.guard import guard, unguard
-from haq.quantization.report import QuantizationReport, attach_report, detach_report, find_report
-from haq.quantization.validation import checked_batches, checked_model
+from haq.quantization.head import quantize_head
+from haq.quantization.report import (
+    QuantizationReport,
+    attach_report,
+    detach_report,
+    find_report,
+    place_of_report,
+)
+from haq.quantization.validation import Structure, checked_batches, checked_model
 
 
 # In inference mode the new parameters would be unusable outside of it.
@@ -34,12 +45,16 @@ def quantize_model(
     in what the block computes, accumulate the second moments of the quantized inputs, round every
     weight with error compensation, and replace the linears by `haq.Int8Linear`. In a mixture of
     experts every expert is treated like this on the tokens that choose it, and `haq.Int8Experts`
-    takes their place. Embeddings, norms, routers and the head stay float. Memory: the model, one
-    block in float32, the statistics of one expert, and the calibration tokens' hidden states. The
-    same call on the same machine gives the same bytes.
+    takes their place. Embeddings, norms and routers stay float. So does the output head, unless
+    ``config.exclude`` names it no longer: then it is the last to become int8, on what the last
+    block gives. The final norm takes its scale, so that the last hidden states a model returns
+    are scaled as well; the logits are not. Memory: the model, one block in float32, the statistics
+    of one expert, and the calibration tokens' hidden states. The same call on the same machine
+    gives the same bytes.
 
-    Whatever is raised, a keyboard interrupt included, every block is either int8 or as it was. A
-    note on the exception says how many are int8; the same call goes on after them.
+    Whatever is raised, a keyboard interrupt included, every block is either int8 or as it was, and
+    so is the head. A note on the exception says how many are int8; the same call goes on after
+    them.
 
     Args:
         model: a causal language model of `transformers`, on one device, float32 or 16 bit.
@@ -70,57 +85,98 @@ def quantize_model(
     config = QuantizationConfig() if config is None else config
     if not isinstance(config, QuantizationConfig):
         raise TypeError(f"`config` must be a QuantizationConfig, got {type(config).__name__}.")
-    name, blocks, excluded = checked_model(model, config)
+    structure = checked_model(model, config)
+    blocks = structure.blocks
     report = _report_to_continue(model, config, blocks)
     batches = checked_batches(calibration, model)
     training = model.training
     model.eval()
     try:
         inputs = capture_block_inputs(model, blocks, batches)
+        route = find_route(model, structure, inputs, batches)
         if report is None:
-            kept = kept_float(model, blocks, f"{name}.", excluded)
             report = QuantizationReport(
-                type(model).__name__, config, len(blocks), inputs.num_tokens, kept_float=kept
+                type(model).__name__,
+                config,
+                len(blocks),
+                inputs.num_tokens,
+                kept_float=kept_float(model, structure),
+                with_head=route is not None,
             )
             attach_report(model, report)
             guard(model)
-        _quantize_blocks(blocks, name, inputs, excluded, report, progress)
+        # `disable=None` hides the bar when the output is not a terminal.
+        with logging.tqdm(
+            total=len(blocks) + report.with_head,
+            desc="Quantizing",
+            unit="block",
+            disable=None if progress else True,
+        ) as bar:
+            _quantize_blocks(structure, inputs, report, bar.update)
+            if route is not None:
+                _quantize_head(route, structure, list(tail_batches(inputs, batches)), report)
+                bar.update()
     except BaseException as error:
+        report = find_report(model)
         if report is not None:
             _drop_what_is_not_there(report, blocks)
         error.add_note(_state_of(model, report))
         raise
     finally:
         model.train(training)
+    use_fast_attention(model)
+    if torch.cuda.is_available():  # Elsewhere a fused norm is the same as any.
+        fuse_norms(model)
     return model
 
 
 def _quantize_blocks(
-    blocks: nn.ModuleList,
-    name: str,
+    structure: Structure,
     inputs: BlockInputs,
-    excluded: frozenset[str],
     report: QuantizationReport,
-    progress: bool,
+    done: Callable[[], object],
 ) -> None:
-    # `disable=None` hides the bar when the output is not a terminal.
-    bar = logging.tqdm(
-        total=len(blocks), desc="Quantizing", unit="block", disable=None if progress else True
-    )
-    with bar:
-        for i, block in enumerate(blocks):
-            batches = inputs.of_block(i)
-            prefix = f"{name}.{i}"
-            if i >= len(report.blocks):
-                converted, block_report = quantize_block(
-                    block, batches, report.config, prefix, names_inside(excluded, prefix)
-                )
-                # The report first: what it has too much after an interrupt can be taken off.
-                report.blocks.append(block_report)
-                blocks[i] = block = converted
-            inputs.hidden = [run_block(block, batch) for batch in batches]
-            check_finite(inputs.hidden, prefix)
-            bar.update()
+    for i, block in enumerate(structure.blocks):
+        batches = inputs.of_block(i)
+        prefix = f"{structure.name}.{i}"
+        if i >= len(report.blocks):
+            converted, block_report = quantize_block(
+                block, batches, report.config, prefix, names_inside(structure.excluded, prefix)
+            )
+            # The report first: what it has too much after an interrupt can be taken off.
+            report.blocks.append(block_report)
+            structure.blocks[i] = block = converted
+        inputs.hidden = [run_block(block, batch) for batch in batches]
+        check_finite(inputs.hidden, prefix)
+        done()
+
+
+def find_route(
+    model: PreTrainedModel,
+    structure: Structure,
+    inputs: BlockInputs,
+    batches: Sequence[Mapping[str, Tensor]],
+) -> Route | None:
+    """How the model gets to the head that is to be int8; None if none is.
+
+    Raises:
+        ValueError: it does not call its head.
+    """
+    if structure.head is None:
+        return None
+    first = next(tail_batches(inputs, batches))
+    return Route(model, structure.blocks, structure.head, inputs.wrap, first)
+
+
+def _quantize_head(
+    route: Route,
+    structure: Structure,
+    batches: Sequence[BlockBatch],
+    report: QuantizationReport,
+) -> None:
+    head = quantize_head(route, batches, report.config, structure.excluded)
+    place = place_of_report(route.model, replace(report, head=head.report))
+    write_at_once([*head.places(route), place])
 
 
 def names_inside(names: Iterable[str], prefix: str) -> frozenset[str]:
@@ -160,14 +216,13 @@ def _drop_what_is_not_there(report: QuantizationReport, blocks: nn.ModuleList) -
             del report.blocks[last]
 
 
-def kept_float(
-    model: nn.Module, blocks: nn.ModuleList, prefix: str, excluded: frozenset[str]
-) -> list[str]:
+def kept_float(model: nn.Module, structure: Structure) -> list[str]:
     """Linears outside the blocks, what the user excluded, and the routers of experts."""
+    prefix, blocks, excluded = f"{structure.name}.", structure.blocks, structure.excluded
     inside = [n for n in (*linears(model), *fused_experts(model)) if n.startswith(prefix)]
     routing = [f"{prefix}{i}.{n}" for i, block in enumerate(blocks) for n in routers(block)]
     # A linear router is listed once, and so is one with a linear inside.
-    others = [n for n in linears(model) if not n.startswith(prefix)]
+    others = [n for n in linears(model) if not n.startswith(prefix) and n != structure.head]
     # Had they not been excluded, the model would have been refused.
     unknown = [f"{prefix}{i}.{n}" for i, block in enumerate(blocks) for n in unknown_weights(block)]
     kept = [n for n in inside if n in excluded and n not in routing]
@@ -191,7 +246,13 @@ def _state_of(model: PreTrainedModel, report: QuantizationReport | None) -> str:
         unguard(model)
         return "haq: the model is as it was, no block was converted."
     if report.complete:
-        return f"haq: all {done} blocks of the model are int8 and work: it is done."
+        head = " and the head" if report.with_head else ""
+        return f"haq: all {done} blocks{head} of the model are int8 and work: it is done."
+    if done == report.num_blocks:
+        return (
+            f"haq: all {done} blocks of the model are int8 and work; the head is as it was. The "
+            "same call goes on with it; load the model again to start afresh."
+        )
     return (
         f"haq: {done} of {report.num_blocks} blocks of the model are int8 and work; the others are "
         "as they were. The same call goes on after them; load the model again to start afresh."

@@ -102,6 +102,8 @@ class QuantizationReport:
         config: what it was quantized with.
         num_blocks: how many decoder blocks the model has.
         blocks: each block that is int8 by now.
+        with_head: whether the output head was to be int8, too.
+        head: its line, once it is.
         kept_float: names of modules with matrices that stayed float.
         tokens: calibration tokens, padding excluded.
     """
@@ -112,11 +114,14 @@ class QuantizationReport:
     tokens: int
     blocks: list[BlockReport] = field(default_factory=list)
     kept_float: list[str] = field(default_factory=list)
+    with_head: bool = False
+    head: LayerReport | None = None
 
     @property
     def layers(self) -> list[LayerReport]:
-        """All int8 layers."""
-        return [layer for block in self.blocks for layer in block.layers]
+        """All int8 layers, the head last."""
+        head = [] if self.head is None else [self.head]
+        return [layer for block in self.blocks for layer in block.layers] + head
 
     @property
     def routing(self) -> list[RoutingReport]:
@@ -125,8 +130,9 @@ class QuantizationReport:
 
     @property
     def complete(self) -> bool:
-        """Whether every block is int8; False after an interrupted call."""
-        return len(self.blocks) == self.num_blocks
+        """Whether every block and the head are int8; False after an interrupted call."""
+        has_head = self.head is not None or not self.with_head
+        return len(self.blocks) == self.num_blocks and has_head
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for `json.dumps`."""
@@ -137,10 +143,12 @@ class QuantizationReport:
         """The inverse of `to_dict`."""
         config = QuantizationConfig.from_dict(values["config"])
         blocks = [BlockReport.from_dict(block) for block in values["blocks"]]
-        return cls(**{**values, "config": config, "blocks": blocks})
+        head = values.get("head")
+        made = {"config": config, "blocks": blocks, "head": head and LayerReport(**head)}
+        return cls(**{**values, **made})
 
     def __str__(self) -> str:
-        rows = [_HEADER, *_rows(self.layers)]
+        rows = self.table()
         widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADER))]
         lines = [
             "  ".join(
@@ -149,7 +157,20 @@ class QuantizationReport:
             ).rstrip()
             for row in rows
         ]
-        return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:], "", *self._summary()])
+        return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:], "", self.summary()])
+
+    def table(self) -> list[tuple[str, ...]]:
+        """What is printed, cell by cell: the names of the columns, and the rows."""
+        return [_HEADER, *_rows(self.layers)]
+
+    def summary(self) -> str:
+        """What is printed below the table: how much is int8, what stayed float, how routers fared.
+
+        Examples:
+            >>> QuantizationReport("Llama", QuantizationConfig(), num_blocks=0, tokens=8).summary()
+            'Llama: 0 layers with 0 weights are int8, calibrated on 8 tokens.'
+        """
+        return "\n".join(self._summary())
 
     def _repr_html_(self) -> str:
         def row(cells: tuple[str, ...], tag: str) -> str:
@@ -171,7 +192,8 @@ class QuantizationReport:
             f"calibrated on {self.tokens:,} tokens."
         )
         if not self.complete:
-            yield f"Incomplete: {len(self.blocks)} of {self.num_blocks} blocks are int8."
+            head = ", and the head is not" if self.with_head else ""
+            yield f"Incomplete: {len(self.blocks)} of {self.num_blocks} blocks are int8{head}."
         if self.kept_float:
             yield f"Kept in float: {', '.join(self.kept_float)}."
         yield from (_routing_line(routing) for routing in self.routing)
@@ -268,6 +290,13 @@ def _cells(layer: LayerReport) -> tuple[str, ...]:
 def attach_report(model: PreTrainedModel, report: QuantizationReport) -> None:
     """Keep the report on the model, where `quantization_report` finds it."""
     setattr(model, _ATTRIBUTE, report)
+
+
+def place_of_report(
+    model: PreTrainedModel, report: QuantizationReport
+) -> tuple[dict[str, Any], str, Any]:
+    """What `attach_report` writes, and where: to be written together with something else."""
+    return vars(model), _ATTRIBUTE, report
 
 
 def detach_report(model: PreTrainedModel) -> None:

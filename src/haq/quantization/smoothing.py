@@ -8,7 +8,7 @@ searched: every candidate is judged by the error it leaves in what the block com
 input, with both quantizers at work. The best one is then folded (`haq.model.producers.fold`).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -153,7 +153,7 @@ def choose_scale(
     """
     options = [Choice(_group_scale(c, block, group, statistics), c) for c in candidates]
     if powers_of_two:
-        options = [replace(o, scale=o.scale.log2().round().exp2()) for o in options]
+        options = [_rounded(option) for option in options]
     if len(options) == 1:
         return options[0]
     trial = _Trial(block, group.scope, targets, _record_scope(block, group.scope, sample))
@@ -172,33 +172,50 @@ def _group_scale(
 
 
 def choose_scale_of_layer(
-    linear: nn.Module,
+    parts: Iterable[nn.Module],
     statistics: ChannelStatistics,
     sample: Tensor,
     candidates: Sequence[Candidate],
+    *,
+    rows: Tensor | None = None,
+    powers_of_two: bool = False,
 ) -> Choice:
     """The candidate that leaves the smallest error in the output of one linear.
 
     Args:
-        linear: a linear in float32 with an input of its own, such as an expert's second one.
+        parts: linears in float32 that are together a linear with an input of its own, such as an
+            expert's second one. They are gone through twice, and looked at one at a time.
         statistics: of its input, over all calibration tokens.
         sample: some of its inputs, float32 ``[T, K]``.
         candidates: what to try; the first of equals wins. A single one is taken without a trial.
+        rows: of the producer, int64 ``[K]``: channels with the same one share a scale.
+        powers_of_two: as for `choose_scale`.
 
     Returns:
         The best candidate and its scale.
     """
-    weight = grid.largest_magnitude(weight_view(linear), 0)[0]
+    largest = [grid.largest_magnitude(weight_view(part), 0)[0] for part in parts]
+    weight = torch.stack(largest).amax(0)
     options = [Choice(candidate_scale(c, statistics, weight), c) for c in candidates]
+    if rows is not None:
+        options = [replace(o, scale=_largest_of_each_row(o.scale, rows)) for o in options]
+    if powers_of_two:
+        options = [_rounded(option) for option in options]
     if len(options) == 1:
         return options[0]
-    exact = linear(sample)
+    errors = [0.0] * len(options)
+    for part in parts:
+        exact = part(sample)
+        for i, option in enumerate(options):
+            give_back()
+            output = _SimulatedInt8(part, option.scale)(sample)
+            errors[i] += float((output - exact).square().sum())
+    return options[errors.index(min(errors))]
 
-    def error(choice: Choice) -> float:
-        give_back()
-        return float((_SimulatedInt8(linear, choice.scale)(sample) - exact).square().sum())
 
-    return min(options, key=error)
+def _rounded(choice: Choice) -> Choice:
+    """Every scale the nearest power of two, which 16-bit weights take without rounding."""
+    return replace(choice, scale=choice.scale.log2().round().exp2())
 
 
 def _largest_of_each_row(scale: Tensor, rows: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Whether a model and a calibration set can be worked with, decided before anything is touched."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
@@ -10,8 +11,26 @@ from transformers import PreTrainedModel
 from haq.config import QuantizationConfig
 from haq.model.blocks import find_blocks
 from haq.model.experts import check_in_one_place, dense_layers, fused_experts, unknown_weights
+from haq.model.heads import find_head
 from haq.model.linears import weight_of
 from haq.nn import Int8Linear
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What of a model becomes int8.
+
+    Attributes:
+        name: of the list of blocks in the model.
+        blocks: the list.
+        excluded: names of modules and weights that stay float.
+        head: name of the output head, if that becomes int8; None if it stays, or there is none.
+    """
+
+    name: str
+    blocks: nn.ModuleList
+    excluded: frozenset[str]
+    head: str | None
 
 
 def excluded_modules(model: nn.Module, patterns: Sequence[str]) -> frozenset[str]:
@@ -37,10 +56,8 @@ def _names(model: nn.Module) -> list[str]:
     return [name for name, _ in model.named_modules() if name] + list(unknown_weights(model))
 
 
-def checked_model(
-    model: PreTrainedModel, config: QuantizationConfig
-) -> tuple[str, nn.ModuleList, frozenset[str]]:
-    """The model's blocks, their name, and the names of the modules to leave in float.
+def checked_model(model: PreTrainedModel, config: QuantizationConfig) -> Structure:
+    """The model's blocks and head, and the names of the modules to leave in float.
 
     Raises:
         TypeError: ``model`` is not a `transformers` model.
@@ -54,22 +71,24 @@ def checked_model(
             "`...ForCausalLM` model itself, without a pipeline, an adapter or a compiled wrapper."
         )
     _check_placement(model)
-    name, blocks, excluded = checked_structure(model, config)
+    structure = checked_structure(model, config)
     check_weights_finite(model)
-    return name, blocks, excluded
+    return structure
 
 
-def checked_structure(
-    model: PreTrainedModel, config: QuantizationConfig
-) -> tuple[str, nn.ModuleList, frozenset[str]]:
+def checked_structure(model: PreTrainedModel, config: QuantizationConfig) -> Structure:
     """What `checked_model` says, of a model whose weights may be on the meta device."""
     _check_kind(model)
     check_in_one_place(model)
     excluded = _checked_exclusions(model, config)
     name, blocks = find_blocks(model)
     _check_weights_known(blocks, name, excluded)
-    _check_something_to_do(model, blocks, name, excluded, config)
-    return name, blocks, excluded
+    head = find_head(model)
+    if head is not None and (head in excluded or head.startswith(f"{name}.")):
+        head = None
+    structure = Structure(name, blocks, excluded, head)
+    _check_something_to_do(model, structure, config)
+    return structure
 
 
 def checked_batches(
@@ -198,7 +217,11 @@ def _checked_exclusions(model: PreTrainedModel, config: QuantizationConfig) -> f
                 f"`exclude` pattern {pattern!r} matches no module of {type(model).__name__}. "
                 f"Module names look like {modules[-1]!r}; `*` matches any part, dots included."
             )
-    return excluded_modules(model, config.exclude)
+    excluded = excluded_modules(model, config.exclude)
+    head = find_head(model)
+    if head is not None and set(config.exclude) & set(QuantizationConfig.exclude):
+        excluded |= {head}  # It is meant, whatever this model calls it.
+    return excluded
 
 
 def _check_weights_known(blocks: nn.ModuleList, name: str, excluded: frozenset[str]) -> None:
@@ -215,19 +238,17 @@ def _check_weights_known(blocks: nn.ModuleList, name: str, excluded: frozenset[s
 
 
 def _check_something_to_do(
-    model: PreTrainedModel,
-    blocks: nn.ModuleList,
-    name: str,
-    excluded: frozenset[str],
-    config: QuantizationConfig,
+    model: PreTrainedModel, structure: Structure, config: QuantizationConfig
 ) -> None:
     found = [
-        f"{name}.{i}.{n}"
-        for i, block in enumerate(blocks)
+        f"{structure.name}.{i}.{n}"
+        for i, block in enumerate(structure.blocks)
         for n in (*dense_layers(block), *fused_experts(block))
     ]
-    converted = any(isinstance(module, Int8Linear) for module in blocks.modules())
-    if not converted and all(full in excluded for full in found):
+    converted = any(isinstance(module, Int8Linear) for module in model.modules())
+    if converted or structure.head is not None:
+        return
+    if all(full in structure.excluded for full in found):
         raise ValueError(
             f"Nothing to quantize: {type(model).__name__} has {len(found)} layers in its "
             f"blocks, all of them excluded by `exclude={config.exclude}`."

@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -15,6 +14,7 @@ from haq.model.folding import fold_reversibly, keep_parameters, same_function
 from haq.model.groups import Group
 from haq.model.linears import weight_view
 from haq.model.routing import RoutedInputs, share_changed
+from haq.model.stand_ins import installed
 from haq.model.trace import Watcher, input_rows, observe_calls, observe_inputs
 from haq.nn import Int8Experts, Int8Linear
 from haq.processes import ALONE, Processes
@@ -63,7 +63,10 @@ class BlockWork:
         fused = {n: m for n, m in fused_experts(original).items() if n not in excluded}
         self.experts = {n: unfuse(m, torch.float32, use_up=use_up) for n, m in fused.items()}
         # The copy gets these in the place of copies of the fused ones.
-        known = {id(module): self.experts[n] for n, module in fused.items()}
+        known: dict[int, object] = {id(m): self.experts[n] for n, m in fused.items()}
+        # And the configuration is the model's: what is set in that later is to reach the block.
+        configs = [vars(module).get("config") for module in original.modules()]
+        known |= {id(config): config for config in configs if config is not None}
         self.block = copy.deepcopy(original, known).float()
         if use_up:
             original.to("meta")  # Names and dtypes are still read.
@@ -108,7 +111,7 @@ class BlockWork:
         """How large each input channel of each group gets, over all calibration tokens."""
         statistics = {g.consumers: ChannelStatistics(*self._input_of(g)) for g in groups}
         watchers = {names[0]: seen.update for names, seen in statistics.items()}
-        observe_inputs(self.block, watchers, _floats(self.processes.share(batches)))
+        observe_inputs(self.block, watchers, floats(self.processes.share(batches)))
         for names, seen in statistics.items():
             seen.sum_over(self.processes)
             if not bool(seen.maximum.isfinite().all()):
@@ -139,7 +142,7 @@ class BlockWork:
             targets,
             statistics,
             sample,
-            _candidates(self.config),
+            candidates(self.config),
             # A router's weight stays in 16 bit: rounding it again would move tokens to others.
             powers_of_two=bool(group.routers) and self.dtype != torch.float32,
         )
@@ -201,7 +204,7 @@ class BlockWork:
             watchers[names[0]] = input_rows(watch)
         if watchers:
             with installed(self.block, modules):
-                observe_calls(self.block, watchers, _floats(self.processes.share(batches)))
+                observe_calls(self.block, watchers, floats(self.processes.share(batches)))
         for moment in moments.values():
             moment.sum_over(self.processes)
         return moments, inputs
@@ -229,7 +232,7 @@ class BlockWork:
         modules, reports = {}, []
         for name, experts in self.experts.items():
             modules[name], done = quantize_experts(
-                experts, inputs[name], self.config, _candidates(self.config)
+                experts, inputs[name], self.config, candidates(self.config)
             )
             reports += expert_reports(f"{self.name}.{name}", done, self.notes[name], plain[name])
         return modules, reports
@@ -298,7 +301,8 @@ class BlockWork:
         return matrix.shape[1], matrix.device
 
 
-def _candidates(config: QuantizationConfig) -> list[Candidate]:
+def candidates(config: QuantizationConfig) -> list[Candidate]:
+    """The scales to try for a group of linears."""
     if config.smoothing == "search":
         return search_candidates()
     if config.smoothing == "fixed":
@@ -306,19 +310,6 @@ def _candidates(config: QuantizationConfig) -> list[Candidate]:
     return [Candidate("none")]
 
 
-def _floats(batches: Iterable[BlockBatch]) -> Iterator[BlockBatch]:
+def floats(batches: Iterable[BlockBatch]) -> Iterator[BlockBatch]:
     """One at a time: a 16-bit model's hidden states in float32 would double what they take."""
     return (batch.float() for batch in batches)
-
-
-@contextmanager
-def installed(block: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    """The block with some modules replaced, for a while."""
-    originals = {name: block.get_submodule(name) for name in modules}
-    try:
-        for name, module in modules.items():
-            block.set_submodule(name, module)
-        yield
-    finally:
-        for name, module in originals.items():
-            block.set_submodule(name, module)
