@@ -42,6 +42,8 @@ FEWEST_ROUNDS = 5
 # that the next one to be timed wants.
 SECONDS_OF_REST = 0.005
 
+DISTURBED = "Other processes were at work"
+
 Run = Callable[[], object]
 
 
@@ -93,7 +95,7 @@ def time_in_turn(
         measured.append((others.share(), seconds))
         undisturbed += measured[-1][0] <= MAX_SHARE_OF_OTHERS
     if undisturbed < rounds:
-        print(f"Other processes were at work in all but {undisturbed} of {len(measured)} rounds!")
+        print(f"{DISTURBED} in all but {undisturbed} of {len(measured)} rounds!")
     best = sorted(measured, key=lambda item: item[0])[:rounds]
     return {name: Timing(tuple(seconds[name] for _, seconds in best)) for name in runs}
 

@@ -1,7 +1,8 @@
 """How long does it take to quantize a decoder block, by step, and beside llm-compressor?
 
     make peers                           sets up an environment with llm-compressor, in .venv-peers
-    python benchmarks/quantizing.py      about TODO minutes; without llm-compressor haq alone
+    python benchmarks/quantizing.py      about eight minutes; without llm-compressor
+                                         haq alone
 
 Blocks of Llama-7B's shape (D 4096, I 11008, 32 heads) with random weights in bfloat16, two of them
 and a small vocabulary; random tokens, the same for both. haq does all that `haq.quantize_model`

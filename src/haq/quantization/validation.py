@@ -201,7 +201,7 @@ def _check_placement(model: PreTrainedModel) -> None:
     if len(devices) > 1:
         raise ValueError(
             f"`model` must be on one device, got {', '.join(sorted(devices))}. Load it on one; "
-            "it can be dispatched to several after it is quantized."
+            "haq.quantize_checkpoint takes what is too large for one."
         )
 
 
