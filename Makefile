@@ -57,7 +57,7 @@ docs: $(VENV)/docs.stamp
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(VENV)/test.stamp
-	set -e; for name in linear decode experts lanes; do $(BIN)/python benchmarks/$$name.py; done
+	set -e; for name in linear decode attention experts lanes; do $(BIN)/python benchmarks/$$name.py; done
 
 quality: $(VENV)/test.stamp
 	set -e; for name in quality mixtures memory checkpoints placement; do $(BIN)/python benchmarks/$$name.py; done
