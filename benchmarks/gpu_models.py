@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from gpu_timing import CALLS_PER_SAMPLE, Run, measure
-from shapes import bytes_per_token, int8_copy
+from shapes import bytes_per_token, cache_argument, int8_copy
 from torch import Tensor
 from transformers import (
     LlamaConfig,
@@ -66,13 +66,14 @@ class Step:
     def __init__(self, model: PreTrainedModel, batch: int = 1) -> None:
         self.model = model
         self.cache = StaticCache(config=model.config, max_cache_len=CACHE)
+        self._filled = {cache_argument(model): self.cache}
         generator = torch.Generator().manual_seed(1)
         prompt = torch.randint(VOCABULARY, (batch, PROMPT), generator=generator).to(model.device)
         self.token = prompt[:, -1:].clone()
-        model(prompt, past_key_values=self.cache, logits_to_keep=1)
+        model(prompt, **self._filled, logits_to_keep=1)
 
     def __call__(self) -> Tensor:
-        logits: Tensor = self.model(self.token, past_key_values=self.cache).logits
+        logits: Tensor = self.model(self.token, **self._filled).logits
         return logits
 
     def reset(self) -> None:

@@ -8,6 +8,7 @@ a model as long again as everything else.
 """
 
 import copy
+import inspect
 from collections.abc import Callable, Iterable
 
 import harness
@@ -180,15 +181,23 @@ def decoder(model: PreTrainedModel) -> harness.Run:
     tokens = prompt(PROMPT + 1)
     cache = DynamicCache(config=model.config)
     # A step, too, and not compiled: all that is to be compiled is the step that is repeated.
-    getattr(model, "_orig_mod", model)(tokens, past_key_values=cache, logits_to_keep=1)
+    eager = getattr(model, "_orig_mod", model)
+    filled = {cache_argument(eager): cache}
+    eager(tokens, **filled, logits_to_keep=1)
     cache.crop(-1)
 
     def step() -> Tensor:
-        logits: Tensor = model(tokens[:, -1:], past_key_values=cache).logits
+        logits: Tensor = model(tokens[:, -1:], **filled).logits
         cache.crop(-1)
         return logits
 
     return step
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """What a model calls its cache: transformers 5.24 renamed it."""
+    named = inspect.signature(type(model).forward).parameters
+    return "cache" if "cache" in named else "past_key_values"
 
 
 def prefill(model: PreTrainedModel, length: int = LONG_PROMPT) -> harness.Run:

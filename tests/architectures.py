@@ -7,6 +7,7 @@ of experts differ in their routers, in how the experts' matrices are laid out, a
 beside them.
 """
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -266,6 +267,12 @@ MIXTURES: dict[str, Callable[[], PreTrainedModel]] = {
 
 # What `exclude` must name besides the head, because haq does not know what to do with it.
 EXCLUDE: dict[str, tuple[str, ...]] = {"jamba": ("*.A_log", "*.conv1d", "*.dt_proj")}
+
+
+def with_cache(model: PreTrainedModel, cache: Any) -> dict[str, Any]:
+    """What a model is called with to read and fill a cache: transformers 5.24 renamed it."""
+    named = inspect.signature(type(model).forward).parameters
+    return {"cache" if "cache" in named else "past_key_values": cache}
 
 
 def token_ids(rows: int, columns: int, *, seed: int = 0) -> torch.Tensor:

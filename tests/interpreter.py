@@ -13,18 +13,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from haq.int8 import cuda, kernels, matmul
+from haq.int8.kernels import combine, grouped, linear, tiles, tokens
+from haq.int8.kernels import norms as norm_kernels
 from haq.nn import norms
 
 BACKEND = matmul.Backend("triton", "cpu", cuda.TritonWeight)
 
-MODULES: list[ModuleType] = [
-    kernels.combine,
-    kernels.grouped,
-    kernels.linear,
-    kernels.norms,
-    kernels.tiles,
-    kernels.tokens,
-]
+MODULES: list[ModuleType] = [combine, grouped, linear, norm_kernels, tiles, tokens]
 """All that start kernels."""
 
 

@@ -11,7 +11,7 @@ from transformers.integrations import sdpa_attention
 
 from haq.model import attention
 from haq.model.attention import NAME, use_fast_attention
-from tests.architectures import ARCHITECTURES, MIXTURES, token_ids
+from tests.architectures import ARCHITECTURES, MIXTURES, token_ids, with_cache
 
 MODELS = ARCHITECTURES | MIXTURES
 
@@ -45,7 +45,7 @@ def decoded(model: PreTrainedModel) -> Tensor:
         state = model(
             tokens[:, end - 1 : end],
             attention_mask=mask[:, :end],
-            past_key_values=state.past_key_values,
+            **with_cache(model, state.past_key_values),
         )
         logits.append(state.logits.double())
     return torch.cat(logits)

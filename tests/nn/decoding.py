@@ -6,7 +6,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, StaticCache
 
 from haq import QuantizationConfig, quantize_model
-from tests.architectures import ARCHITECTURES, MIXTURES, token_ids
+from tests.architectures import ARCHITECTURES, MIXTURES, token_ids, with_cache
 
 PROMPT = 5
 
@@ -26,10 +26,10 @@ class Decoder:
         self.model = model
         self.cache = StaticCache(config=model.config, max_cache_len=16)
         prompt = token_ids(2, PROMPT, seed=3).to(model.device)
-        model(prompt, past_key_values=self.cache)
+        model(prompt, **with_cache(model, self.cache))
 
     def __call__(self, token: Tensor) -> Tensor:
-        logits: Tensor = self.model(token, past_key_values=self.cache).logits
+        logits: Tensor = self.model(token, **with_cache(self.model, self.cache)).logits
         return logits
 
     def reset(self) -> None:
