@@ -288,6 +288,8 @@ def test_an_interrupt_is_no_traceback(text: Path, tmp_path: Path) -> None:
     command = haq("quantize", SOURCE, tmp_path / "int8", *size)
     stopping = textwrap.dedent("""
         import signal, sys
+        # Where the tests run in the background of a shell, it is ignored.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         import haq.checkpoint.stream as stream
         from haq.cli import main
         quantize_block = stream.quantize_block
