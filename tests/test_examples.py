@@ -180,6 +180,33 @@ def test_it_stops_at_a_string(client: Any, as_list: bool, stream: bool) -> None:
     assert reason == "stop"
 
 
+class Pieces(list[str]):
+    """Stands for a streamer."""
+
+    def end(self) -> None:
+        """There is nothing to be told."""
+
+
+@pytest.mark.parametrize(
+    ("pieces", "expected", "reason"),
+    [
+        (["ab", "cd", "ef"], ["a"], "stop"),
+        (["ab", "cd", "xf"], ["a", "bcdxf"], "length"),
+        (["ab", "c"], ["a", "bc"], "length"),
+        (["bcde"], [], "stop"),
+    ],
+)
+def test_a_string_that_comes_in_pieces(
+    pieces: list[str], expected: list[str], reason: str, example: Any, server: Any
+) -> None:
+    """No part of a string it stops at is sent before it is known not to be one."""
+    answer = answer_of(example, server, 10, stop="bcde")
+    answer.stopped.set()  # The model has no part in this.
+    answer.streamer = Pieces(pieces)
+    assert [piece for piece in answer.pieces() if piece] == expected
+    assert answer.finish_reason == reason
+
+
 def test_it_says_that_the_model_has_ended(
     client: Any, server: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -244,11 +271,22 @@ def test_the_report(client: Any, server: Any) -> None:
     assert report["counts"][0]["tokens"] >= 24
 
 
-def test_one_answer_at_a_time(client: Any) -> None:
-    """Several clients at once get what each would get alone."""
+def test_one_answer_at_a_time(client: Any, server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several clients at once get what each would get alone, one after the other."""
     prompts = [PROMPT, "class Reader:", "import os"]
     alone = [complete(client, prompt=prompt)["choices"] for prompt in prompts]
     found: dict[str, Any] = {}
+    generate, at_work, most = server.offloader.model.generate, [], []
+
+    def noted(*args: Any, **options: Any) -> Any:
+        at_work.append(1)
+        most.append(len(at_work))
+        try:
+            return generate(*args, **options)
+        finally:
+            at_work.pop()
+
+    monkeypatch.setattr(server.offloader.model, "generate", noted)
 
     def ask(prompt: str) -> None:
         found[prompt] = complete(client, prompt=prompt)["choices"]
@@ -259,10 +297,11 @@ def test_one_answer_at_a_time(client: Any) -> None:
     for thread in threads:
         thread.join()
     assert [found[prompt] for prompt in prompts] == alone
+    assert most == [1, 1, 1]
 
 
-def answer_of(example: Any, server: Any, limit: int) -> Any:
-    asked = example.Completion(prompt=PROMPT, temperature=0)
+def answer_of(example: Any, server: Any, limit: int, **asking: Any) -> Any:
+    asked = example.Completion(prompt=PROMPT, temperature=0, **asking)
     ids = server.tokenizer(PROMPT, return_tensors="pt")["input_ids"]
     return example.Answer(server, ids, asked, limit)
 
@@ -402,6 +441,41 @@ def test_it_goes_on_with_what_is_missing(
     expected = rows_of(folder)[1]
     assert {**second, "evaluation_seconds": 0} == {**expected, "evaluation_seconds": 0}
     assert done.stdout.splitlines()[-1] == table[-1].replace(table[-1].split("|")[3], " 12345.000 ")
+
+
+def test_what_is_done_is_not_made_again(
+    reproduced: tuple[Path, list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import reproduce_paper
+
+    content = json.loads((reproduced[0] / "results.json").read_text())
+    content["rows"] = content["rows"][1:]
+    (tmp_path / "results.json").write_text(json.dumps(content))
+    monkeypatch.delattr(reproduce_paper.Work, "_quantize")
+    monkeypatch.setattr("sys.argv", ["", "--dry-run", "--out", str(tmp_path), *SHORT])
+    reproduce_paper.main()
+    assert capsys.readouterr().out.endswith("\n".join(reproduced[1]) + "\n")
+    monkeypatch.delattr(reproduce_paper, "Work")
+    reproduce_paper.main()
+
+
+def test_what_does_not_fit_is_left_out_and_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import reproduce_paper
+
+    monkeypatch.setattr(reproduce_paper, "available", lambda device: 1.0)
+    monkeypatch.setattr(reproduce_paper.Work, "needs", lambda *_: 93.4)
+    monkeypatch.setattr("sys.argv", ["", "--dry-run", "--out", str(tmp_path), *SHORT])
+    reproduce_paper.main()
+    row = capsys.readouterr().out.splitlines()[-1]
+    assert row.split("|")[3:7] == [" needs 93 GB ", "  ", " needs 93 GB ", "  "]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_results_of_other_settings_are_not_mixed(tmp_path: Path) -> None:
