@@ -60,7 +60,7 @@ bench: $(VENV)/test.stamp
 	set -e; for name in linear decode attention experts lanes; do $(BIN)/python benchmarks/$$name.py; done
 
 quality: $(VENV)/test.stamp
-	set -e; for name in quality mixtures memory checkpoints placement; do $(BIN)/python benchmarks/$$name.py; done
+	set -e; for name in quality head mixtures memory checkpoints placement; do $(BIN)/python benchmarks/$$name.py; done
 
 vllm: $(VENV)/test.stamp $(VLLM_VENV)/vllm.stamp
 	$(BIN)/python benchmarks/vllm.py --vllm $(VLLM_VENV)/bin/python

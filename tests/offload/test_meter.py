@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from IPython.lib.pretty import pretty
 
 from haq.offload.meter import Call, LayerCounts, Mark, Meter, Span
 from haq.offload.report import OffloadReport
@@ -173,7 +174,9 @@ def test_memory_and_notes() -> None:
 
 
 def test_for_notebooks() -> None:
-    page = report(notes=("a note",))._repr_html_()
+    noted = report(notes=("a note",))
+    assert pretty(noted) == str(noted)
+    page = noted._repr_html_()
     assert "<td>model.layers.1.mlp.experts</td><td>1</td>" in page
     assert page.count("<tr>") == page.count("</tr>") == 3
     assert "note: a note" in page

@@ -791,33 +791,6 @@ def test_an_interrupt_at_any_line_that_puts_the_head_in_place(name: str) -> None
 # --- Progress -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("exclude", "total"), [((), LAYERS + 1), (("lm_head",), LAYERS)])
-def test_the_bar_counts_the_head(
-    exclude: tuple[str, ...], total: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bars: list[dict[str, Any]] = []
-    updates: Counter[str] = Counter()
-
-    class Bar:
-        def __init__(self, **options: Any) -> None:
-            bars.append(options)
-
-        def __enter__(self) -> "Bar":
-            return self
-
-        def __exit__(self, *exception: object) -> None:
-            updates["closed"] += 1
-
-        def update(self) -> None:
-            updates["done"] += 1
-
-    monkeypatch.setattr(pipeline.logging, "tqdm", Bar)
-    quantize("opt", exclude=exclude)
-    (options,) = bars
-    assert options["total"] == total
-    assert updates == {"done": total, "closed": 1}
-
-
 def test_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
     quantize("opt")
     assert capfd.readouterr() == ("", "")

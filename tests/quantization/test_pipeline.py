@@ -777,8 +777,11 @@ def test_hidden_states_are_held_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert alive == [0, 0]
 
 
+@pytest.mark.parametrize(("exclude", "total"), [(("lm_head",), LAYERS), ((), LAYERS + 1)])
 @pytest.mark.parametrize("progress", [True, False], ids=["shown", "hidden"])
-def test_the_bar_counts_blocks(progress: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bar_counts_blocks_and_the_head(
+    progress: bool, exclude: tuple[str, ...], total: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bars: list[dict] = []
     updates: Counter[str] = Counter()
 
@@ -796,12 +799,13 @@ def test_the_bar_counts_blocks(progress: bool, monkeypatch: pytest.MonkeyPatch) 
             updates["blocks"] += 1
 
     monkeypatch.setattr(pipeline.logging, "tqdm", Bar)
-    quantize_model(ARCHITECTURES["opt"](), CALIBRATION, progress=progress)
+    config = QuantizationConfig(exclude=exclude)
+    quantize_model(ARCHITECTURES["opt"](), CALIBRATION, config, progress=progress)
     (options,) = bars
-    assert (options["total"], options["unit"]) == (LAYERS, "block")
+    assert (options["total"], options["unit"]) == (total, "block")
     # None: hidden where the output is not a terminal.
     assert options["disable"] is (None if progress else True)
-    assert updates == {"blocks": LAYERS, "closed": 1}
+    assert updates == {"blocks": total, "closed": 1}
 
 
 def test_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ import json
 from html.parser import HTMLParser
 
 import pytest
+from IPython.lib.pretty import pretty
 
 from haq import (
     BlockReport,
@@ -91,6 +92,11 @@ class Table(HTMLParser):
     def handle_data(self, data: str) -> None:
         if self.open and self.open[-1] in ("td", "th"):
             self.rows[-1][-1] += data
+
+
+def test_ipython_shows_the_table() -> None:
+    report = report_of([FIRST], [SECOND])
+    assert pretty(report) == str(report)
 
 
 def test_the_html_has_the_cells_of_the_table_and_nothing_that_a_name_brought() -> None:

@@ -89,6 +89,9 @@ class OffloadReport:
                 f"{1e3 * c.cpu_seconds / calls:.3f}",
             )
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(str(self))  # In IPython on a terminal, in the place of all fields.
+
     def _repr_html_(self) -> str:
         head, *rows = self._rows()
         cells = "".join(f"<th>{cell}</th>" for cell in head)

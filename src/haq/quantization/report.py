@@ -172,6 +172,9 @@ class QuantizationReport:
         """
         return "\n".join(self._summary())
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(str(self))  # In IPython on a terminal, in the place of all fields.
+
     def _repr_html_(self) -> str:
         def row(cells: tuple[str, ...], tag: str) -> str:
             styled = (
