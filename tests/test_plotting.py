@@ -341,3 +341,16 @@ def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
         plot_routing(statistics)
     with pytest.raises(ImportError, match=message):
         plot_transitions(statistics, 0)
+
+
+@pytest.mark.parametrize(
+    ("draw", "source"),
+    [
+        (plot_lanes, r"OffloadReport, got int\. `offloader\.report\(\)`"),
+        (plot_routing, r"RoutingStatistics, got int\. `haq\.RoutingStatistics\.collect"),
+        (lambda other: plot_transitions(other, 0), "RoutingStatistics, got int"),
+    ],
+)
+def test_something_else(draw: Any, source: str) -> None:
+    with pytest.raises(TypeError, match=source):
+        draw(7)

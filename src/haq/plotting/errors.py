@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from haq.plotting.figures import LABEL_POINTS, TICK_POINTS, TITLE_POINTS, WIDTH, empty_figure
+from haq.plotting.figures import (
+    LABEL_POINTS,
+    TICK_POINTS,
+    TITLE_POINTS,
+    WIDTH,
+    check_kind,
+    empty_figure,
+)
 from haq.quantization.report import LayerReport, QuantizationReport
 
 if TYPE_CHECKING:
@@ -54,11 +61,7 @@ def plot_errors(report: QuantizationReport) -> "Figure":
         >>> figure = plot_errors(haq.quantization_report(model))  # doctest: +SKIP
         >>> figure.savefig("errors.png")  # doctest: +SKIP
     """
-    if not isinstance(report, QuantizationReport):
-        raise TypeError(
-            f"`report` must be a QuantizationReport, got {type(report).__name__}. "
-            "`haq.quantization_report(model)` gives it."
-        )
+    check_kind("report", report, QuantizationReport, "haq.quantization_report(model)")
     kinds = _by_kind(report)
     if not kinds:
         raise ValueError(

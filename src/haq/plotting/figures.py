@@ -12,6 +12,14 @@ LABEL_POINTS = 8
 TICK_POINTS = 7
 
 
+def check_kind(name: str, value: object, kind: type[object], source: str) -> None:
+    """Raise a TypeError where a picture is asked for of something else; ``source`` gives it."""
+    if not isinstance(value, kind):
+        raise TypeError(
+            f"`{name}` must be a {kind.__name__}, got {type(value).__name__}. `{source}` gives it."
+        )
+
+
 def empty_figure(width: float, height: float) -> "Figure":
     """An empty figure of so many inches, of which pyplot knows nothing."""
     try:

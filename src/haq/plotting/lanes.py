@@ -5,7 +5,14 @@ from typing import TYPE_CHECKING
 
 from haq.offload.meter import Span
 from haq.offload.report import OffloadReport
-from haq.plotting.figures import LABEL_POINTS, TICK_POINTS, TITLE_POINTS, WIDTH, empty_figure
+from haq.plotting.figures import (
+    LABEL_POINTS,
+    TICK_POINTS,
+    TITLE_POINTS,
+    WIDTH,
+    check_kind,
+    empty_figure,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,12 +45,14 @@ def plot_lanes(report: OffloadReport, *, last: int | None = None) -> "Figure":
 
     Raises:
         ImportError: matplotlib is not installed.
+        TypeError: ``report`` is something else.
         ValueError: nothing was measured, or ``last`` is not positive.
 
     Examples:
         >>> figure = plot_lanes(offloader.report(), last=128)  # doctest: +SKIP
         >>> figure.savefig("lanes.png")  # doctest: +SKIP
     """
+    check_kind("report", report, OffloadReport, "offloader.report()")
     if last is not None and last < 1:
         raise ValueError(
             f"`last` must be a positive number of spans, or None for all, got {last!r}."

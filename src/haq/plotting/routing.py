@@ -9,11 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from haq.offload.routing import RoutingStatistics
-from haq.plotting.figures import LABEL_POINTS, TICK_POINTS, TITLE_POINTS, empty_figure
+from haq.plotting.figures import LABEL_POINTS, TICK_POINTS, TITLE_POINTS, check_kind, empty_figure
 
 if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
+
+
+_SOURCE = "haq.RoutingStatistics.collect(model, batches)"
 
 
 def plot_routing(statistics: RoutingStatistics) -> "Figure":
@@ -28,11 +31,13 @@ def plot_routing(statistics: RoutingStatistics) -> "Figure":
 
     Raises:
         ImportError: matplotlib is not installed.
+        TypeError: ``statistics`` is something else.
 
     Examples:
         >>> statistics = RoutingStatistics.load("routing.npz")  # doctest: +SKIP
         >>> plot_routing(statistics).savefig("routing.png")  # doctest: +SKIP
     """
+    check_kind("statistics", statistics, RoutingStatistics, _SOURCE)
     even = statistics.experts_per_token / statistics.num_experts
     return _heat_map(
         statistics.popularity / even,
@@ -59,12 +64,14 @@ def plot_transitions(statistics: RoutingStatistics, layer: int, ahead: int = 1) 
 
     Raises:
         ImportError: matplotlib is not installed.
+        TypeError: ``statistics`` is something else.
         ValueError: there are no such layers, or no transitions between them are known.
 
     Examples:
         >>> figure = plot_transitions(statistics, layer=0)  # doctest: +SKIP
         >>> figure.savefig("transitions.png")  # doctest: +SKIP
     """
+    check_kind("statistics", statistics, RoutingStatistics, _SOURCE)
     experts = range(statistics.num_experts)
     # Of one expert they sum to 1, and the popularity to that of a token's experts.
     scores = np.array([statistics.scores(layer, [expert], ahead) for expert in experts])
