@@ -35,8 +35,9 @@ PEERS_PIP = $(PEERS_VENV)/bin/python -m pip --disable-pip-version-check --quiet
 quickstart: $(VENV)/test.stamp
 	$(BIN)/python examples/quickstart.py
 
+# A test uses one core; those of a file share what they build.
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The GPU's kernels by Triton's interpreter. Triton is beside the environment: in it, transformers
 # would import it in every process.
