@@ -41,7 +41,7 @@ def build(name: str, kind: str = "float") -> PreTrainedModel:
 
 
 def shared_model(name: str, kind: str = "float") -> PreTrainedModel:
-    """One for all tests of a file: to be called and offloaded, and nothing else."""
+    """One for all tests of a process: to be called and offloaded, and nothing else."""
     return _shared(name, kind)[0]
 
 

@@ -240,7 +240,7 @@ def test_what_an_attached_model_refuses(
 def test_parts_of_an_attached_model_refuse_too(
     part: str, what: Callable[[Any], object], word: str
 ) -> None:
-    model = shared_model("mixtral")
+    model = build("mixtral")
     with offloader(model, 3):
         module = model.get_submodule(f"model.layers.1{part}") if part else model
         with pytest.raises(RuntimeError, match=rf"cannot be {word} .*detach\(\)"):
