@@ -72,7 +72,7 @@ def main() -> None:
         ],
     )
     if not options.quick:
-        harness.write("attention", facts, rows=rows)
+        harness.write_speed("attention", facts, rows=rows)
 
 
 if __name__ == "__main__":

@@ -177,7 +177,7 @@ def main() -> None:
         rows += found
     if options.quick:
         return  # Of so few layers, `lm_head` is half.
-    harness.write("decode", facts, rows=rows, targets=targets_of(rows))
+    harness.write_speed("decode", facts, rows=rows, targets=targets_of(rows))
 
 
 if __name__ == "__main__":

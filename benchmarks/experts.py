@@ -126,7 +126,7 @@ def main() -> None:
         harness.target("128 tokens, times the fastest bf16", of[128]["times_bf16"], 2),
         harness.target("1 token, share of read", of[1]["share_of_roofline"], 0.8),
     ]
-    harness.write("experts", facts, shape=list(shape), rows=rows, targets=targets)
+    harness.write_speed("experts", facts, shape=list(shape), rows=rows, targets=targets)
 
 
 if __name__ == "__main__":

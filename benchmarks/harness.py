@@ -242,8 +242,14 @@ def target(name: str, value: float, at_least: float) -> dict[str, Any]:
     return {"name": name, "value": value, "target": at_least, "met": value >= at_least}
 
 
-def write(name: str, facts: Mapping[str, Any], **content: Any) -> None:
-    """Write ``results/NAME.json``."""
-    RESULTS.mkdir(exist_ok=True)
+def write(name: str, facts: Mapping[str, Any], folder: Path = RESULTS, **content: Any) -> None:
+    """Write ``NAME.json`` into the folder."""
+    folder.mkdir(exist_ok=True)
     text = json.dumps({"benchmark": name, **facts, **content}, indent=2)
-    (RESULTS / f"{name}.json").write_text(text + "\n")
+    (folder / f"{name}.json").write_text(text + "\n")
+
+
+def write_speed(name: str, facts: Mapping[str, Any], **content: Any) -> None:
+    """Write ``NAME.json``; what a CPU without VNNI does is another matter, in its own folder."""
+    folder = RESULTS if facts["machine"]["vnni"] else RESULTS / "without_vnni"
+    write(name, facts, folder, **content)

@@ -77,7 +77,7 @@ def main() -> None:
         harness.target(f"{name}, 256 tokens, times bf16", of[256]["times_bf16"], 1.5),
     ]
     if not options.quick:
-        harness.write("linear", facts, rows=rows, targets=targets)
+        harness.write_speed("linear", facts, rows=rows, targets=targets)
 
 
 if __name__ == "__main__":

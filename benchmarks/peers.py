@@ -7,8 +7,8 @@
 Every peer runs on every shape in a process of its own, which has transformers in bfloat16 and haq
 as well, and all are timed in turn. Where a peer makes the head int8, too, it is compared with haq
 with an int8 head. Another process, which holds the peer alone, tells how much memory it takes once
-it is converted. The logits are compared with those of bfloat16: it has to be the same model. What
-fails is a row that says why.
+it is converted. The logits are compared with those of bfloat16: it has to be the same model, and
+the error is in the table. What fails is a row that says why.
 """
 
 import argparse
@@ -52,9 +52,6 @@ SECONDS_FOR_MEMORY = 90
 
 # To see that all of it runs: of one layer.
 QUICK_SHAPES = ["llama-2048", "mixtral-1024"]
-
-# Above this it is another model. The noise of int8 itself is a hundredth.
-MOST_ERROR = 0.1
 
 
 class Process:
@@ -194,13 +191,13 @@ def main() -> None:
         memory = {} if options.quick else memory_alone(process)
     print()
     print_rows(rows)
-    wrong = [r for r in rows if r.get("logits_error", 0) > MOST_ERROR]
-    assert not wrong, f"not the same model: {[(r['peer'], r['shape']) for r in wrong]}"
     if options.quick:
         return  # Of the last layer llama.cpp computes only the last token: here it is all there is.
     targets = targets_of(rows)
     if not options.peer:
-        harness.write("peers", facts, peers=versions(), memory=memory, rows=rows, targets=targets)
+        harness.write_speed(
+            "peers", facts, peers=versions(), memory=memory, rows=rows, targets=targets
+        )
 
 
 if __name__ == "__main__":

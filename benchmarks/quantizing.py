@@ -75,7 +75,7 @@ def main() -> None:
         targets = [harness.target("times llm-compressor", other / haq, TIMES_LLM_COMPRESSOR)]
     if not options.quick:
         shape = {"layers": LAYERS, "window": LENGTH, "windows": WINDOWS}
-        harness.write("quantizing", facts, shape=shape, results=results, targets=targets)
+        harness.write_speed("quantizing", facts, shape=shape, results=results, targets=targets)
 
 
 if __name__ == "__main__":

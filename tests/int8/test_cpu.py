@@ -60,6 +60,22 @@ def test_product_is_exact_for_the_longest_extreme_rows(
     torch.testing.assert_close(product, expected, rtol=0, atol=0)
 
 
+def test_a_small_sum_of_large_parts_is_exact(
+    pack: Callable[[Tensor, Tensor], matmul.PackedWeight],
+) -> None:
+    """What is above zero, and what is below, each pass what float32 tells apart from the next."""
+    half = 1041
+    assert half * 127 * 127 > 2**24
+    weight = torch.full((2, 2 * half + 1), 127, dtype=torch.int8)
+    weight[:, -1] = torch.tensor([1, -3])
+    integers = torch.full((3, 2 * half + 1), 127.0)
+    integers[:, half:] *= -1
+    integers[:, -1] = torch.tensor([1.0, -1.0, 0.0])
+    product = pack(weight, torch.tensor([[1.0], [2.0]])).product(integers)
+    expected = torch.tensor([[1.0, -6.0], [-1.0, 6.0], [0.0, 0.0]])
+    torch.testing.assert_close(product, expected, rtol=0, atol=0)
+
+
 @pytest.fixture
 def qnnpack_engine() -> Iterator[str]:
     if "qnnpack" not in torch.backends.quantized.supported_engines:

@@ -10,11 +10,13 @@ from transformers.pytorch_utils import Conv1D
 
 from haq.model.experts import unfuse
 from haq.model.trace import (
+    input_of,
     input_rows,
     is_norm,
     is_reader,
     observe_calls,
     observe_inputs,
+    observe_layers,
     readers_of_one_tensor,
     trace_block,
 )
@@ -57,7 +59,9 @@ def test_events_come_in_the_order_of_the_calls() -> None:
 def test_an_event_holds_what_the_module_read_and_returned() -> None:
     block = Residual()
     hidden = torch.randn(2, 3, HIDDEN)
-    norm, fc1, fc2 = trace_block(block, batch_of(hidden))
+    trace = trace_block(block, batch_of(hidden))
+    assert torch.equal(trace.output, block(hidden))
+    norm, fc1, fc2 = trace
     assert norm.module is block.norm
     assert torch.equal(norm.input, hidden)
     assert torch.equal(norm.output, block.norm(hidden))
@@ -140,6 +144,36 @@ def test_watchers_get_the_tokens_of_every_batch_without_padding() -> None:
     torch.testing.assert_close(seen["fc1"], expected)
     torch.testing.assert_close(seen["fc2"], [torch.relu(block.fc1(x)) for x in expected])
     assert not any(module._forward_pre_hooks for module in block.modules())
+
+
+def test_watchers_of_layers_get_what_they_give_too() -> None:
+    block = Residual()
+    hidden = [torch.randn(2, 3, HIDDEN), torch.randn(1, 4, HIDDEN)]
+    mask = torch.tensor([[False, True, True], [True, True, False]])
+    seen: list[tuple[Tensor, Tensor]] = []
+    watchers = {"fc1": lambda *rows: seen.append(rows)}
+    observe_layers(block, watchers, [batch_of(hidden[0], mask), batch_of(hidden[1])])
+
+    inputs = [block.norm(hidden[0])[mask], block.norm(hidden[1]).reshape(-1, HIDDEN)]
+    torch.testing.assert_close(seen, [(x, block.fc1(x)) for x in inputs])
+    assert not any(module._forward_hooks for module in block.modules())
+
+
+def test_the_input_of_one_layer_ends_the_pass() -> None:
+    block = Residual()
+    hidden = torch.randn(2, 3, HIDDEN)
+    mask = torch.tensor([[False, True, True], [True, True, False]])
+    later: list[object] = []
+    block.fc2.register_forward_hook(lambda *call: later.append(call))
+    found = input_of(block, "fc1", batch_of(hidden, mask))
+    torch.testing.assert_close(found, block.norm(hidden)[mask])
+    assert later == []
+    assert not any(module._forward_pre_hooks for module in block.modules())
+
+
+def test_a_layer_that_does_not_run_again_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="`unused` ran before, but not in this pass"):
+        input_of(Readers(), "unused", batch_of(torch.randn(1, 2, HIDDEN)))
 
 
 def test_watchers_of_calls_get_every_positional_argument_and_the_mask() -> None:

@@ -34,15 +34,16 @@ class FbgemmWeight:
 
     backend = "fbgemm"
 
-    def __init__(self, weight: Tensor, scale: Tensor) -> None:
+    def __init__(self, weight: Tensor, scale: Tensor, zero_point: int = _ZERO_POINT) -> None:
         quantized = _quantized_tensor(weight, scale)
+        self._zero_point = zero_point  # Added to the integers, so that they are unsigned.
         with _fbgemm_engine():
             self._packed = torch.ops.quantized.linear_prepack(quantized, None)
         # The operator "quantizes" its float32 input, multiplies, and returns float32.
         self._linear = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
 
     def product(self, rounded: Tensor) -> Tensor:
-        product: Tensor = self._linear(rounded.float(), 1.0, _ZERO_POINT, self._packed)
+        product: Tensor = self._linear(rounded.float(), 1.0, self._zero_point, self._packed)
         return product
 
     def unpack(self) -> Tensor:

@@ -29,6 +29,7 @@ from torch import Tensor
 from haq.int8 import cpu, cuda, reference, speed
 from haq.int8.once import once
 from haq.int8.reference import PackedWeight
+from haq.int8.signs import SignedRowsWeight
 from haq.int8.tokens import RoundedTokens, rounded_rows
 
 MAX_IN_FEATURES = (2**31 - 1) // (128 * 128)
@@ -56,6 +57,7 @@ class Backend:
 BACKENDS = (
     Backend("fbgemm", "cpu", cpu.FbgemmWeight),
     Backend("onednn", "cpu", cpu.OneDnnWeight),
+    Backend("fbgemm_signs", "cpu", SignedRowsWeight),
     Backend("int_mm", "cpu", cpu.pack_for_int_mm),
     Backend("triton", "cuda", cuda.TritonWeight),
     Backend("int_mm", "cuda", cuda.PaddedWeight),

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from haq.int8 import grid
 
-_EXACT_LENGTH = 2**24 // (128 * 128)
+EXACT_LENGTH = 2**24 // (128 * 128)
+"""So many products of int8 float32 adds without an error, in whatever order."""
 
 
 class PackedWeight(Protocol):
@@ -92,8 +93,8 @@ def int_product(a: Tensor, b: Tensor) -> Tensor:
     if a.is_meta:
         return total
     with torch.autocast(a.device.type, enabled=False):  # It would return bfloat16 sums.
-        for start in range(0, a.shape[1], _EXACT_LENGTH):
-            piece = slice(start, start + _EXACT_LENGTH)
+        for start in range(0, a.shape[1], EXACT_LENGTH):
+            piece = slice(start, start + EXACT_LENGTH)
             total += (a[:, piece].float() @ b[:, piece].float().t()).to(torch.int32)
     return total
 

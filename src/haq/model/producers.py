@@ -19,7 +19,7 @@ rows inside a fused qkv projection and the up rows inside a fused gate_up projec
 nothing where there is nothing, which leaves the linears unsmoothed and still exact.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +36,7 @@ from haq.model.folding import (
     scale_rows,
 )
 from haq.model.linears import is_linear
-from haq.model.trace import Event, observe_inputs
+from haq.model.trace import Event, Trace, input_of
 
 # A channel must follow its factor to this relative precision, over all tokens. Only 1 + w of some
 # norms is rounded at all, to 1e-7; a GELU instead of a ReLU is off by more than 1e-2.
@@ -46,7 +46,7 @@ _RATIO_TOLERANCE = 1e-5
 def find_producer(
     block: nn.Module,
     batch: BlockBatch,
-    trace: Sequence[Event],
+    trace: Trace,
     consumers: tuple[str, ...],
     routers: tuple[str, ...] = (),
 ) -> Producer | None:
@@ -105,7 +105,7 @@ def rescalable_rows(
 class _Search:
     block: nn.Module
     batch: BlockBatch
-    trace: Sequence[Event]
+    trace: Trace
     consumers: tuple[str, ...]
     routers: tuple[str, ...]
 
@@ -142,22 +142,20 @@ class _Search:
         rows = candidate.rows.to(self.batch.hidden.device)
         factors = torch.ones(num_rows(module), device=self.batch.hidden.device)
         factors[rows] = _powers_of_two(len(rows), self.batch.hidden.device)
-        after: list[Tensor] = []
         restore = keep_parameters(module)
         try:
             keep = None if is_linear(module) else torch.float32
             applied = scale_rows(module, factors, candidate.offset, keep)
-            observe_inputs(self.block, {self.consumers[0]: after.append}, [self.batch])
+            after = input_of(self.block, self.consumers[0], self.batch)
         finally:
             restore()
         before = token_rows(self._input, self.batch.mask)
         for row_of_channel in _channel_maps(rows, before.shape[1]):
-            if _follows(before, after[0], applied[row_of_channel]):
+            if _follows(before, after, applied[row_of_channel]):
                 yield Producer(candidate.name, row_of_channel, candidate.offset)
 
     def _folds_exactly(self, producer: Producer) -> bool:
         """Fold random factors; the block must still compute the same."""
-        reference = run_block(self.block, self.batch)
         module = self.block.get_submodule(producer.name)
         # Powers of two again: no choice of experts can turn by rounding.
         scale = _powers_of_two(num_rows(module), self.batch.hidden.device)[producer.rows]
@@ -168,7 +166,7 @@ class _Search:
             folded = run_block(self.block, self.batch)
         finally:
             undo()
-        return same_function(self.batch.hidden, reference, folded)
+        return same_function(self.batch.hidden, self.trace.output, folded)
 
 
 @dataclass(frozen=True)

@@ -29,12 +29,22 @@ class Event:
     output: Tensor
 
 
-def trace_block(block: nn.Module, batch: BlockBatch) -> list[Event]:
+class Trace(list[Event]):
+    """What happened in a block, in order.
+
+    Attributes:
+        output: what the block gave, float ``[B, T, D]``.
+    """
+
+    output: Tensor
+
+
+def trace_block(block: nn.Module, batch: BlockBatch) -> Trace:
     """Every linear, norm and set of experts that ran, in order; not what is inside of experts.
 
     The events hold the tensors, so that no address is used twice: equal addresses mean one tensor.
     """
-    events: list[Event] = []
+    events = Trace()
 
     def note(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
@@ -46,7 +56,7 @@ def trace_block(block: nn.Module, batch: BlockBatch) -> list[Event]:
     ]
     handles = [module.register_forward_hook(partial(note, name)) for name, module in watched]
     try:
-        run_block(block, batch)
+        events.output = run_block(block, batch)
     finally:
         for handle in handles:
             handle.remove()
@@ -64,7 +74,7 @@ def is_reader(module: nn.Module) -> bool:
     return is_linear(module) or is_experts(module)
 
 
-def readers_of_one_tensor(trace: list[Event]) -> list[tuple[str, ...]]:
+def readers_of_one_tensor(trace: Trace) -> list[tuple[str, ...]]:
     """The readers of a trace, those of the same memory together, in order of their calls."""
     by_memory: dict[tuple[int, int], list[str]] = {}
     for event in trace:
@@ -73,6 +83,29 @@ def readers_of_one_tensor(trace: list[Event]) -> list[tuple[str, ...]]:
             if event.name not in readers:
                 readers.append(event.name)
     return [tuple(names) for names in by_memory.values()]
+
+
+class _Reached(Exception):
+    """Ends a pass through a block where it has come to a module."""
+
+    def __init__(self, first: Tensor) -> None:
+        self.first = first
+
+
+def input_of(block: nn.Module, name: str, batch: BlockBatch) -> Tensor:
+    """The `input_rows` of a module's first call. What comes after it in the block does not run."""
+
+    def stop(module: nn.Module, args: tuple[Any, ...]) -> None:
+        raise _Reached(args[0])
+
+    handle = block.get_submodule(name).register_forward_pre_hook(stop)
+    try:
+        run_block(block, batch)
+    except _Reached as reached:
+        return token_rows(reached.first, batch.mask)
+    finally:
+        handle.remove()
+    raise RuntimeError(f"`{name}` ran before, but not in this pass.")
 
 
 Watcher = Callable[[tuple[Any, ...], Tensor], None]
@@ -119,3 +152,35 @@ def observe_inputs(
 ) -> None:
     """Run ``block`` on every batch and hand each watched module's `input_rows` to its watcher."""
     observe_calls(block, {name: input_rows(watch) for name, watch in watchers.items()}, batches)
+
+
+def observe_layers(
+    block: nn.Module,
+    watchers: Mapping[str, Callable[[Tensor, Tensor], None]],
+    batches: Iterable[BlockBatch],
+) -> None:
+    """Run ``block`` on every batch; show each watched layer's input and output rows to its watcher.
+
+    Args:
+        block: a decoder block.
+        watchers: by name of a linear in the block; they take ``[tokens, K]`` and ``[tokens, N]``.
+        batches: what to run on.
+    """
+    mask = Tensor()
+
+    def note(
+        watch: Callable[[Tensor, Tensor], None], module: nn.Module, args: Any, output: Tensor
+    ) -> None:
+        watch(token_rows(args[0], mask), token_rows(output, mask))
+
+    handles = [
+        block.get_submodule(name).register_forward_hook(partial(note, watch))
+        for name, watch in watchers.items()
+    ]
+    try:
+        for batch in batches:
+            mask = batch.mask
+            run_block(block, batch)
+    finally:
+        for handle in handles:
+            handle.remove()

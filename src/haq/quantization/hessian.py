@@ -20,6 +20,9 @@ from haq.processes import Processes
 # compensation does nothing: rounding to nearest is then the honest name.
 _LARGEST_DAMPING = 1.0
 
+# Of a symmetric sum only the part left of the diagonal is computed, so many rows at a time.
+_ROWS_AT_ONCE = 1024
+
 # Least diagonal entry, as a fraction of the largest, tried one after the other when damping alone
 # leaves H numerically indefinite: a channel millions of times larger than the mean is what does it.
 _DIAGONAL_FLOORS = (1e-6, 1e-5, 1e-4, 1e-3)
@@ -43,7 +46,9 @@ class SecondMoment:
     def update(self, inputs: Tensor) -> None:
         """Add the tokens of ``inputs`` ``[T, K]``, any float dtype."""
         rows = inputs.float()
-        self._sum.addmm_(rows.T, rows)
+        for start in range(0, len(self._sum), _ROWS_AT_ONCE):
+            here, left = slice(start, start + _ROWS_AT_ONCE), slice(start + _ROWS_AT_ONCE)
+            self._sum[here, left].addmm_(rows[:, here].T, rows[:, left])
         self.tokens += rows.shape[0]
 
     def sum_over(self, processes: Processes) -> None:
@@ -53,7 +58,7 @@ class SecondMoment:
 
     def mean(self) -> Tensor:
         """H over the number of tokens: float32 ``[K, K]``, all zero if there were none."""
-        return self._sum / max(self.tokens, 1)
+        return _mirrored(self._sum / max(self.tokens, 1))
 
     def take_mean(self) -> Tensor:
         """`mean` in the memory of the sum, which is gone: the second call has nothing to give.
@@ -63,9 +68,17 @@ class SecondMoment:
         """
         if self._sum.numel() == 0:
             raise RuntimeError("The second moment was taken already.")
-        mean = self._sum.div_(max(self.tokens, 1))
+        mean = _mirrored(self._sum.div_(max(self.tokens, 1)))
         self._sum = torch.empty(0)
         return mean
+
+
+def _mirrored(left: Tensor) -> Tensor:
+    """The symmetric matrix whose part left of the diagonal is there; in place."""
+    for start in range(_ROWS_AT_ONCE, len(left), _ROWS_AT_ONCE):
+        here, before = slice(start, start + _ROWS_AT_ONCE), slice(start)
+        left[before, here] = left[here, before].T
+    return left
 
 
 @dataclass(frozen=True)

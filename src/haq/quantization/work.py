@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from haq.config import QuantizationConfig
 from haq.model.blocks import BlockBatch, run_block
@@ -15,7 +15,13 @@ from haq.model.groups import Group
 from haq.model.linears import weight_view
 from haq.model.routing import RoutedInputs, share_changed
 from haq.model.stand_ins import installed
-from haq.model.trace import Watcher, input_rows, observe_calls, observe_inputs
+from haq.model.trace import (
+    Watcher,
+    input_rows,
+    observe_calls,
+    observe_inputs,
+    observe_layers,
+)
 from haq.nn import Int8Experts, Int8Linear
 from haq.processes import ALONE, Processes
 from haq.quantization.experts import MIN_TOKENS, Errors, quantize_experts
@@ -73,6 +79,8 @@ class BlockWork:
         self.linears = {n: m for n, m in dense_layers(self.block).items() if n not in excluded}
         self.notes = {n: Notes() for n in (*self.linears, *self.experts)}
         self.asymmetric: set[str] = set()
+        # Of the sample's first batch, with all that was folded so far.
+        self._output: Tensor | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -146,13 +154,15 @@ class BlockWork:
             # A router's weight stays in 16 bit: rounding it again would move tokens to others.
             powers_of_two=bool(group.routers) and self.dtype != torch.float32,
         )
-        reference = run_block(self.block, sample[0])
+        if self._output is None:
+            self._output = run_block(self.block, sample[0])
         dtype = self.original.get_parameter(f"{group.producer.name}.weight").dtype
         undo = fold_reversibly(self.block, group.producer, group.readers, choice.scale, dtype)
         folded = run_block(self.block, sample[0])
         # Attention is before the router: folding into it can turn a choice, too.
         share = _SHARE_THAT_KEEPS_EXPERTS if routers(self.block) else 1.0
-        exact = same_function(sample[0].hidden, reference, folded, share)
+        exact = same_function(sample[0].hidden, self._output, folded, share)
+        self._output = folded if exact else None
         if not exact:
             undo()
         for name in targets:
@@ -243,7 +253,7 @@ class BlockWork:
         """Relative squared error of each int8 module's output on what its linear reads."""
         errors = {name: OutputError(self.linears[name], modules[name]) for name in modules}
         watchers = {name: error.update for name, error in errors.items()}
-        observe_inputs(self.block, watchers, sample)
+        observe_layers(self.block, watchers, sample)
         return {name: error.relative() for name, error in errors.items()}
 
     def reports(
