@@ -41,6 +41,18 @@ def test_the_mean_of_outer_products(dtype: torch.dtype) -> None:
     assert moment.mean().dtype == torch.float32
 
 
+def test_the_mean_is_symmetric_however_many_channels_there_are() -> None:
+    """Half of it is computed, some rows at a time, and mirrored."""
+    inputs = correlated_inputs(40, 2100)
+    moment = SecondMoment(2100)
+    moment.update(inputs[:15])
+    moment.update(inputs[15:])
+    mean = moment.mean()
+    assert torch.equal(mean, mean.T)
+    torch.testing.assert_close(mean.double(), second_moment(inputs), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(moment.take_mean(), mean, rtol=0, atol=0)
+
+
 def test_no_tokens_make_a_mean_of_zero() -> None:
     assert torch.equal(SecondMoment(3).mean(), torch.zeros(3, 3))
 
