@@ -3,13 +3,15 @@
 Two Llamas and a Mixtral with random weights, batch 1. Decoding is bound by memory: the measure is
 the share of the read bandwidth that the weights of a token take. Prefill is bound by arithmetic.
 The linear layers and experts of the blocks are int8; embeddings and `lm_head` stay bfloat16, as
-after `haq.quantize_model`. In one more row the head is int8 as well.
+after `haq.quantize_model`. In one more row the head is int8 as well, and on processors without
+instructions for bfloat16 there is one of float32.
 
     python benchmarks/decode.py              about four minutes on 2 cores
     python benchmarks/decode.py --compile    and `torch.compile` of the int8 model, which takes
                                              minutes more and a C++ compiler
 """
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -108,6 +110,8 @@ def variants_of(name: str, layers: int | None, eager: bool) -> dict[str, PreTrai
     model = shapes.build(name, layers)
     int8 = shapes.int8_copy(model)
     variants = {"bf16": model, "int8": int8, "int8, head too": shapes.with_int8_head(int8)}
+    if not torch.cpu._is_avx512_bf16_supported():  # Without instructions for it, bf16 is slow.
+        variants["float32"] = copy.deepcopy(model).float()
     return variants if eager else {**variants, COMPILED: torch.compile(int8, dynamic=False)}
 
 

@@ -74,7 +74,8 @@ class Process:
                 command, capture_output=True, text=True, check=False, timeout=seconds
             )
         except subprocess.TimeoutExpired:
-            return {"failed": f"not done after {seconds:.0f} s"}
+            so_far = json.loads(result.read_text()) if result.exists() else {}
+            return {**so_far, "failed": f"not done after {seconds:.0f} s"}
         for line in done.stdout.splitlines():
             if line.startswith(harness.DISTURBED):
                 print(line)
@@ -103,8 +104,9 @@ def measure(process: Process, peer: str, quick: bool) -> list[dict[str, Any]]:
         found = process("times", peer, shape, left)
         left -= time.perf_counter() - start
         if "failed" in found:
-            rows.append({**labels, "failed": found["failed"]})
-            print(f"{peer}, {shape}: {found['failed']}", flush=True)
+            rows.append({**labels, "failed": found.pop("failed")})
+            print(f"{peer}, {shape}: {rows[-1]['failed']}", flush=True)
+        if "rows" not in found:
             continue
         memory = {}
         if peer not in NO_MEMORY and not quick:
@@ -130,7 +132,7 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
                 row["shape"],
                 row["work"],
                 harness.milliseconds(run),
-                f"{run['times_bf16']:.2f}",
+                f"{run['times_bf16']:.2f}" if "times_bf16" in run else "",
                 f"{row['haq_times']:.2f}",
                 f"{memory / 2**20:.0f}" if memory else "",
                 f"{row['logits_error']:.3f}",
