@@ -6,12 +6,13 @@ The linear layers and experts of the blocks are int8; embeddings and `lm_head` s
 after `haq.quantize_model`. In one more row the head is int8 as well, and on processors without
 instructions for bfloat16 there is one of float32.
 
-    python benchmarks/decode.py              about four minutes on 2 cores
-    python benchmarks/decode.py --compile    and `torch.compile` of the int8 model, which takes
-                                             minutes more and a C++ compiler
+    python benchmarks/decode.py            about six minutes on 2 cores, and a C++ compiler
+    python benchmarks/decode.py --eager    without `torch.compile`
 """
 
 import copy
+import statistics
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ import harness
 import roofline
 import shapes
 import torch
+from clock import Clock
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -42,6 +44,25 @@ MOST_SECONDS = 15
 
 # Layers that are checked, and tokens; products in float64 take long.
 CHECKED_LAYERS, CHECKED_TOKENS = 2, 16
+
+# Where a decoding step of an int8 model spends its time. What is in none of it, the rest of
+# transformers' code and of Python, is "other".
+MODELING = "transformers.models"
+PARTS = [
+    ("haq.nn.linear", "Int8Linear.forward", "around the products"),
+    ("haq.nn.experts", "Int8Experts.forward", "around the products"),
+    ("haq.int8.cpu", "FbgemmWeight.product", "products"),
+    ("haq.int8.cpu", "OneDnnWeight.product", "products"),
+    ("haq.int8.signs", "SignedRowsWeight.product", "products"),
+    ("torch.nn", "Linear.forward", "head in bfloat16"),
+    ("haq.model.attention", "attend", "attention"),
+    (f"{MODELING}.llama.modeling_llama", "LlamaRMSNorm.forward", "norms"),
+    (f"{MODELING}.mixtral.modeling_mixtral", "MixtralRMSNorm.forward", "norms"),
+    (f"{MODELING}.llama.modeling_llama", "apply_rotary_pos_emb", "rotation"),
+    (f"{MODELING}.mixtral.modeling_mixtral", "apply_rotary_pos_emb", "rotation"),
+    (f"{MODELING}.mixtral.modeling_mixtral", "MixtralTopKRouter.forward", "router"),
+]
+WARM_STEPS, TIMED_STEPS = 5, 41
 
 # Of logits, where the last bit of a sigmoid may differ.
 MOST_ERROR = 1e-3
@@ -138,14 +159,29 @@ def measure(
     return rows
 
 
-def profile(model: PreTrainedModel) -> None:
-    """Where the time of a decoding step goes."""
+def parts_of(model: PreTrainedModel) -> dict[str, float]:
+    """Where the time of a decoding step goes: milliseconds by part."""
     step = shapes.decoder(model)
-    step()
-    with torch.profiler.profile() as profiler:
-        for _ in range(10):
+    clock = Clock()
+    try:
+        for part in PARTS:
+            clock.around(*part)
+        rounds = []
+        for _ in range(WARM_STEPS + TIMED_STEPS):
+            clock.start_again()
+            start = time.perf_counter()
             step()
-    print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=25))
+            rounds.append(clock.all(time.perf_counter() - start))
+    finally:
+        clock.stop()
+    names = {name for each in rounds[WARM_STEPS:] for name in each}
+    timed = rounds[WARM_STEPS:]
+    return {n: statistics.median(each.get(n, 0.0) for each in timed) * 1e3 for n in sorted(names)}
+
+
+def print_parts(name: str, parts: Mapping[str, float]) -> None:
+    rows = sorted(parts.items(), key=lambda item: -item[1])
+    harness.print_table([f"{name}, a token", "ms"], [[part, f"{ms:.2f}"] for part, ms in rows])
 
 
 def targets_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -162,26 +198,22 @@ def targets_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    options = harness.arguments(
-        __doc__,
-        profile="show what a decoding step spends its time on",
-        eager="without torch.compile",
-    )
+    options = harness.arguments(__doc__, eager="without torch.compile")
     facts = harness.card()
     harness.print_card(__doc__, facts)
-    rows = []
+    rows, parts = [], {}
     for name in shapes.SHAPES:
         with torch.inference_mode():
             check(name)
             variants = variants_of(name, 1 if options.quick else None, options.eager)
-            if options.profile:
-                profile(variants["int8"])
             found = measure({"model": name}, variants, rounds=5 if options.quick else 21)
+            parts[name] = parts_of(variants["int8"])
         roofline.print_rows(found)
+        print_parts(name, parts[name])
         rows += found
     if options.quick:
         return  # Of so few layers, `lm_head` is half.
-    harness.write_speed("decode", facts, rows=rows, targets=targets_of(rows))
+    harness.write_speed("decode", facts, rows=rows, parts_ms=parts, targets=targets_of(rows))
 
 
 if __name__ == "__main__":

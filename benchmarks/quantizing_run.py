@@ -2,25 +2,20 @@
 
     python quantizing_run.py haq|llm-compressor RESULT.json --threads 2 --windows 4
 
-The steps are timed from outside, by functions around those of the libraries. What a step does
-inside another one is taken off the outer one.
+The steps are timed from outside, by functions around those of the libraries.
 """
 
 import argparse
-import functools
-import importlib
 import importlib.metadata
 import json
 import os
 import tempfile
 import time
-from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import shapes
 import torch
+from clock import Clock
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedModel
 
@@ -52,39 +47,6 @@ STEPS_OF_LLM_COMPRESSOR = [
     (f"{LLM}.gptq.base", "GPTQModifier.compress_modules", "rounding"),
     (f"{LLM}.transform.smoothquant.base", "SmoothQuantModifier._apply_smoothing", "smoothing"),
 ]
-
-
-class Clock:
-    """Seconds by step."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
-        self._inside = [0.0]  # What was spent in steps inside each step that is under way.
-
-    def around(self, module: str, name: str, step: str) -> None:
-        """Time every call of a function or method."""
-        owner: Any = importlib.import_module(module)
-        *path, last = name.split(".")
-        for part in path:
-            owner = getattr(owner, part)
-        function: Callable[..., Any] = getattr(owner, last)
-
-        @functools.wraps(function)
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            self._inside.append(0.0)
-            start = time.perf_counter()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                taken = time.perf_counter() - start
-                self.seconds[step] += taken - self._inside.pop()
-                self._inside[-1] += taken
-
-        setattr(owner, last, timed)
-
-    def all(self, total: float) -> dict[str, float]:
-        """Every step, and what is in none of them."""
-        return {**self.seconds, "other": total - self._inside[0]}
 
 
 def model_of(quick: bool) -> PreTrainedModel:
