@@ -44,6 +44,9 @@ ONLY_MIXTURES = {"torchao, experts by name"}
 NO_MEMORY = {COMPILED}
 ALONE = ["bf16", HAQ, HAQ_WITH_HEAD]
 
+# Without instructions for bfloat16, of which every product is checked once, a prompt takes a minute.
+PROMPT = shapes.LONG_PROMPT if torch.cpu._is_avx512_bf16_supported() else shapes.PROMPT
+
 # So long a peer has for all its shapes; the compiler takes a minute for each of six graphs. And so
 # long its memory may take.
 SECONDS_PER_PEER = 240
@@ -59,7 +62,7 @@ class Process:
 
     def __init__(self, folder: Path, options: argparse.Namespace) -> None:
         self._folder = folder
-        self._options = [f"--threads={torch.get_num_threads()}"]
+        self._options = [f"--threads={torch.get_num_threads()}", f"--prompt={PROMPT}"]
         self._options += ["--quick"] if options.quick else []
 
     def __call__(self, what: str, peer: str, shape: str, seconds: float) -> dict[str, Any]:

@@ -19,7 +19,7 @@ LLAMA_CPP = "llama.cpp Q8_0"
 HAQ, HAQ_WITH_HEAD = "haq", "haq, head too"
 ROUNDS, QUICK_ROUNDS, MOST_SECONDS = 21, 3, 10
 
-# Processors without instructions for bfloat16 take ten times as long: it is then left out.
+# Processors without instructions for bfloat16 take ten times as long: a prompt is then left out.
 MOST_SECONDS_OF_BF16 = 2.0
 
 # Relative errors of logits. The noise of int8 is a few hundredths, and of seven bits twice that;
@@ -37,6 +37,7 @@ def times(options: argparse.Namespace) -> dict[str, Any]:
 
     model = shapes.build(options.shape, 1 if options.quick else None)
     int8 = shapes.int8_copy(model)
+    works = shapes.works(options.prompt)
     models = {"bf16": model, HAQ: int8, HAQ_WITH_HEAD: shapes.with_int8_head(int8)}
     if options.peer == LLAMA_CPP:
         has_experts = hasattr(model.config, "num_local_experts")
@@ -48,11 +49,11 @@ def times(options: argparse.Namespace) -> dict[str, Any]:
             "int8_head": peers_torch.head_is_int8(other),
             "int8_experts": peers_torch.experts_are_int8(other),
         }
-        peer = {work: lambda start=start: start(other) for work, start in shapes.WORKS.items()}
+        peer = {work: lambda start=start: start(other) for work, start in works.items()}
     same_head = HAQ_WITH_HEAD if facts["int8_head"] else HAQ
     rounds = QUICK_ROUNDS if options.quick else ROUNDS
     rows = []
-    for work, start in shapes.WORKS.items():
+    for work, start in works.items():
         runs = {name: start(each) for name, each in models.items()} | {options.peer: peer[work]()}
         started, logits = time.perf_counter(), {}
         for name, run in runs.items():
@@ -90,7 +91,7 @@ def llama_works(options: argparse.Namespace, model: Any) -> dict[str, Callable[[
     if model is not None:
         peers_llama.write(model, path)
     other = peers_llama.LlamaCpp(path, options.threads)
-    prompts = [list(range(1, length + 1)) for length in (129, 512)]
+    prompts = [list(range(1, length + 1)) for length in (129, options.prompt)]
     if model is not None:
         import shapes
 
@@ -105,7 +106,7 @@ def memory(options: argparse.Namespace) -> dict[str, Any]:
     """The most resident memory while it decodes and while it reads a long prompt, and before."""
     if options.peer == LLAMA_CPP:
         before = status("VmRSS")
-        works: Mapping[str, Callable[[], Any]] = llama_works(options, None)
+        starts: Mapping[str, Callable[[], Any]] = llama_works(options, None)
     else:
         import peers_torch
         import shapes
@@ -113,11 +114,12 @@ def memory(options: argparse.Namespace) -> dict[str, Any]:
         before = status("VmRSS")
         model = shapes.build(options.shape, 1 if options.quick else None)
         model = peers_torch.PEERS[options.peer](model)
-        works = {work: lambda start=start: start(model) for work, start in shapes.WORKS.items()}
+        works = shapes.works(options.prompt)
+        starts = {work: lambda start=start: start(model) for work, start in works.items()}
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # Forget the most memory so far.
-    for start in works.values():
+    for start in starts.values():
         run = start()
         run()
         run()
@@ -136,6 +138,7 @@ def main() -> None:
     for name in ("peer", "shape", "folder", "result"):
         parser.add_argument(name)
     parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--prompt", type=int, required=True, help="tokens of the long prompt")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
     work = {"times": times, "memory": memory}[options.what]

@@ -226,8 +226,6 @@ def _weight_bytes(module: nn.Module) -> int:
     return sum(parameter.nbytes for parameter in module.parameters(recurse=False))
 
 
-WORKS: dict[str, Callable[[PreTrainedModel], harness.Run]] = {
-    "decode": decoder,
-    "prefill": prefill,
-}
-"""What `peers` has all of them do."""
+def works(prompt_length: int) -> dict[str, Callable[[PreTrainedModel], harness.Run]]:
+    """What `peers` has all of them do."""
+    return {"decode": decoder, "prefill": lambda model: prefill(model, prompt_length)}
