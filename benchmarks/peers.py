@@ -44,7 +44,7 @@ ONLY_MIXTURES = {"torchao, experts by name"}
 NO_MEMORY = {COMPILED}
 ALONE = ["bf16", HAQ, HAQ_WITH_HEAD]
 
-# Without instructions for bfloat16, of which every product is checked once, a prompt takes a minute.
+# A long one takes bfloat16 a minute where there are no instructions for it.
 PROMPT = shapes.LONG_PROMPT if torch.cpu._is_avx512_bf16_supported() else shapes.PROMPT
 
 # So long a peer has for all its shapes; the compiler takes a minute for each of six graphs. And so
