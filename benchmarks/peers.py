@@ -201,7 +201,13 @@ def main() -> None:
     targets = targets_of(rows)
     if not options.peer:
         harness.write_speed(
-            "peers", facts, prompt=PROMPT, peers=versions(), memory=memory, rows=rows, targets=targets
+            "peers",
+            facts,
+            prompt=PROMPT,
+            peers=versions(),
+            memory=memory,
+            rows=rows,
+            targets=targets,
         )
 
 
