@@ -6,7 +6,7 @@ The linear layers and experts of the blocks are int8; embeddings and `lm_head` s
 after `haq.quantize_model`. In one more row the head is int8 as well, and on processors without
 instructions for bfloat16 there is one of float32.
 
-    python benchmarks/decode.py            about six minutes on 2 cores, and a C++ compiler
+    python benchmarks/decode.py            minutes on 2 cores, and needs a C++ compiler
     python benchmarks/decode.py --eager    without `torch.compile`
 """
 

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from haq.model.blocks import BlockBatch, run_block, token_rows
 from haq.model.experts import dense_layers, is_experts
@@ -122,18 +123,28 @@ def observe_calls(
         watchers: by module name in the block.
         batches: what to run on.
     """
-    mask = Tensor()
+    masks: list[Tensor] = []
 
     def note(watch: Watcher, module: nn.Module, args: tuple[Any, ...]) -> None:
-        watch(args, mask)
+        watch(args, masks[-1])
 
     handles = [
         block.get_submodule(name).register_forward_pre_hook(partial(note, watch))
         for name, watch in watchers.items()
     ]
+    _run_watched(block, batches, handles, masks)
+
+
+def _run_watched(
+    block: nn.Module,
+    batches: Iterable[BlockBatch],
+    handles: Iterable[RemovableHandle],
+    masks: list[Tensor],
+) -> None:
+    """Run ``block`` on every batch, whose mask is the last of ``masks``; then remove the hooks."""
     try:
         for batch in batches:
-            mask = batch.mask
+            masks[:] = [batch.mask]
             run_block(block, batch)
     finally:
         for handle in handles:
@@ -166,21 +177,15 @@ def observe_layers(
         watchers: by name of a linear in the block; they take ``[tokens, K]`` and ``[tokens, N]``.
         batches: what to run on.
     """
-    mask = Tensor()
+    masks: list[Tensor] = []
 
     def note(
         watch: Callable[[Tensor, Tensor], None], module: nn.Module, args: Any, output: Tensor
     ) -> None:
-        watch(token_rows(args[0], mask), token_rows(output, mask))
+        watch(token_rows(args[0], masks[-1]), token_rows(output, masks[-1]))
 
     handles = [
         block.get_submodule(name).register_forward_hook(partial(note, watch))
         for name, watch in watchers.items()
     ]
-    try:
-        for batch in batches:
-            mask = batch.mask
-            run_block(block, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    _run_watched(block, batches, handles, masks)
