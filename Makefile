@@ -113,5 +113,5 @@ $(PEERS_VENV)/peers.stamp: constraints.txt pyproject.toml
 	export CMAKE_ARGS=-DGGML_NATIVE=ON CMAKE_BUILD_PARALLEL_LEVEL=1; for peer in $(PEERS); do \
 		$(PEERS_PIP) install --constraint $(PEERS_VENV)/torch.txt $$peer || echo "$$peer did not install"; \
 	done
-	$(PEERS_PIP) install --constraint $(PEERS_VENV)/torch.txt --editable .
+	$(PEERS_PIP) install --constraint $(PEERS_VENV)/torch.txt --editable ".[cpu]"
 	touch $@

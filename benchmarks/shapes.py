@@ -31,7 +31,7 @@ from haq.model.experts import (
     fused_matrices,
     is_experts,
 )
-from haq.nn import Int8Experts, Int8Linear
+from haq.nn import Int8Experts, Int8Linear, norms
 
 PROMPT, LONG_PROMPT = 128, 512
 VOCABULARY = 32000
@@ -140,6 +140,8 @@ def int8_copy(model: PreTrainedModel) -> PreTrainedModel:
         for name, module in replaced.items():
             block.set_submodule(name, module)
     use_fast_attention(copied)
+    if norms.may_run():
+        norms.fuse_norms(copied)
     return copied
 
 

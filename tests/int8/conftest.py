@@ -12,7 +12,7 @@ from haq.int8 import matmul
 Pack = Callable[[Tensor, Tensor], matmul.PackedWeight]
 
 
-@pytest.fixture(params=["fbgemm", "onednn", "fbgemm_signs", "int_mm", "reference"])
+@pytest.fixture(params=["llvm", "fbgemm", "onednn", "fbgemm_signs", "int_mm", "reference"])
 def pack(request: pytest.FixtureRequest) -> Pack:
     """Pack for each CPU backend in turn, where this machine has it."""
     status = {status.name: status for status in matmul.backends() if status.device == "cpu"}

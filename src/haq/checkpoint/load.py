@@ -19,7 +19,7 @@ from haq.model.attention import use_fast_attention
 from haq.model.experts import Activation, is_fused_experts, unfused_shapes
 from haq.model.linears import bias_view, is_linear, weight_view
 from haq.model.published import Piece, published_pieces, skeleton
-from haq.nn import Int8Experts, Int8Linear, fuse_norms
+from haq.nn import Int8Experts, Int8Linear, norms
 from haq.offload.budget import parse_memory
 from haq.offload.offloader import ExpertOffloader
 from haq.quantization.guard import guard
@@ -98,8 +98,8 @@ def from_pretrained(
         model.config.dtype = dtype
     guard(model)
     use_fast_attention(model)
-    if torch.cuda.is_available():  # Elsewhere a fused norm is the same as any.
-        fuse_norms(model)
+    if norms.may_run():  # Elsewhere a fused norm is the same as any.
+        norms.fuse_norms(model)
     if report is not None:
         attach_report(model, report)
     if gpu_memory is not None:

@@ -1,4 +1,4 @@
-"""The int8 products of the CPU: fbgemm, oneDNN and ``torch._int_mm``, all shipped inside torch.
+"""The int8 products that torch has for the CPU: fbgemm, oneDNN and ``torch._int_mm``.
 
 x86 multiplies *unsigned* by signed bytes (``vpdpbusd``), so both fast libraries want activations in
 [0, 255]. They get q + 128 and take the surplus, 128 times the sum of the weight's row, off again in

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from haq.int8 import cpu, cuda, reference, speed
+from haq.int8.llvm.weight import LlvmWeight
 from haq.int8.once import once
 from haq.int8.reference import PackedWeight
 from haq.int8.signs import SignedRowsWeight
@@ -55,6 +56,7 @@ class Backend:
 
 
 BACKENDS = (
+    Backend("llvm", "cpu", LlvmWeight),
     Backend("fbgemm", "cpu", cpu.FbgemmWeight),
     Backend("onednn", "cpu", cpu.OneDnnWeight),
     Backend("fbgemm_signs", "cpu", SignedRowsWeight),
@@ -65,7 +67,7 @@ BACKENDS = (
 )
 """In order of preference: the first exact one that runs on the weight's device packs it."""
 
-_RIVALS = ("fbgemm", "onednn")
+_RIVALS = ("llvm", "fbgemm", "onednn")
 """Backends of the CPU whose order is measured: each is the faster one on some machine."""
 
 # Weights with fewer elements are packed in the fixed order until a larger one came: a tiny model
@@ -93,7 +95,7 @@ def linear(
         >>> linear(torch.tensor([[127.0, 2.4]]), weight)
         tensor([[16129.,   129.]])
     """
-    if isinstance(weight, cuda.TritonWeight):
+    if isinstance(weight, (cuda.TritonWeight, LlvmWeight)):
         return weight.linear(x, bias, row_sums)
     make = _symmetric if row_sums is None else _with_zero_points
     tokens = once(x, make, weight, make)
@@ -171,6 +173,20 @@ def pack(weight: Tensor, scale: Tensor) -> PackedWeight:
     return _choose(weight.device.type, measure).pack(weight, scale)
 
 
+def compiles() -> bool:
+    """Whether kernels that LLVM compiles run on this CPU, and none but them was asked for.
+
+    They are also what norms and attention are computed with, whichever product is the fastest.
+
+    Examples:
+        >>> with use_backend("reference"):
+        ...     compiles()
+        False
+    """
+    llvm = next(backend for backend in BACKENDS if backend.pack is LlvmWeight)
+    return _asked_for() in (None, llvm.name) and _verdict(llvm, "cpu").exact
+
+
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Pack weights for one backend inside a ``with`` block, in this thread; for tests and reports.
@@ -241,7 +257,8 @@ def _measure_rivals() -> None:
     with _measuring_lock:
         rivals = [b for b in BACKENDS if b.name in _RIVALS and _verdict(b, "cpu").exact]
         if not _measured_seconds and len(rivals) > 1:
-            _measured_seconds.update(speed.seconds_per_product({b.name: b.pack for b in rivals}))
+            packs = {b.name: b.pack for b in rivals}
+            _measured_seconds.update(speed.seconds_per_layer(packs, linear))
 
 
 def _in_order() -> list[Backend]:
@@ -325,7 +342,7 @@ def backends() -> BackendTable:
     """Which products this machine has, which of them are exact, which one is used and why.
 
     The first call of a process measures them, unless a weight of at least a million elements was
-    packed before; that takes about half a second.
+    packed before; that takes about a second.
 
     Examples:
         >>> next(status.exact for status in backends() if status.name == "reference")

@@ -8,6 +8,9 @@ benchmarks/attention.py has the times.
 import torch
 from torch import Tensor
 
+from haq.int8 import matmul
+from haq.int8.llvm.weight import TYPES
+
 # Keys are cast so many numbers at a time: the cache holds them, and the next cast finds memory that
 # is in use already.
 _NUMBERS = 2**20
@@ -33,10 +36,13 @@ def attend(
         >>> attend(torch.tensor([[[[9.0, 0.0]]]]), key, torch.eye(2)[None, None], None, 1.0)
         tensor([[[[1.0000e+00, 5.3802e-32]]]])
     """
+    query = query.float() * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if not torch.compiler.is_compiling() and _in_one_call(query, key, value):
+        return _attend_in_one_call(query, key, value, mask)
     batch, heads, _, size = query.shape
     groups, tokens = key.shape[1:3]
     shared = heads // groups
-    queries = (query.float() * (size**-0.5 if scale is None else scale)).reshape(-1, shared, size)
+    queries = query.reshape(-1, shared, size)
     keys, values = key.flatten(0, 1), value.flatten(0, 1)  # [B G, T, ...]
     if mask is not None:
         mask = mask.expand(batch, heads, 1, tokens).reshape(-1, shared, tokens)
@@ -51,6 +57,22 @@ def attend(
             scores = _masked(scores, mask[here])
         result[here] = torch.bmm(torch.softmax(scores, -1), values[here].float())
     return result.view(batch, heads, 1, -1)
+
+
+def _in_one_call(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether LLVM's kernel can attend to these."""
+    plain = query.device.type == "cpu" and key.dtype == value.dtype and key.dtype in TYPES
+    return plain and key.stride(-1) == value.stride(-1) == 1 and matmul.compiles()
+
+
+def _attend_in_one_call(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    from haq.int8.llvm import attention
+
+    if mask is not None:
+        if mask.dtype == torch.bool:
+            mask = torch.zeros_like(mask, dtype=torch.float32).masked_fill_(~mask, -torch.inf)
+        mask = mask.float().expand(*query.shape[:3], key.shape[2])
+    return attention.attend(query, key, value, mask)
 
 
 def _masked(scores: Tensor, mask: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
-"""Norms by one kernel, which also rounds what they give for the int8 layers that read it.
+"""Norms by one kernel, which on a GPU also rounds what they give for the int8 layers behind them.
 
-A norm of `transformers` is half a dozen launches on a GPU, and the layers behind it begin with one
-more, to round its result. `fuse_norms` makes one launch of all that. Nothing else changes: a fused
-norm has the parameters, the names, the class name and, for ``isinstance``, the class that it had.
-Where Triton's kernels do not run, on a CPU, in training, under autocast or in compiled code, it
-does what it did before; copies and pickles of it are fused norms.
+A norm of `transformers` is half a dozen operations, and on a GPU the layers behind it begin with
+one more launch, to round its result. `fuse_norms` makes one of all that. Nothing else changes: a
+fused norm has the parameters, the names, the class name and, for ``isinstance``, the class that it
+had. Where no kernels run, in training, under autocast or in compiled code, it does what it did
+before; copies and pickles of it are fused norms.
 
 What a norm's readers need is seen when they read: for whom nobody rounds, nothing is.
 """
@@ -22,7 +22,7 @@ from haq.int8.norm import Norm
 from haq.nn.formulas import recognized
 
 # Where the kernels may run.
-_DEVICE_TYPES = ("cuda",)
+_DEVICE_TYPES = ("cpu", "cuda")
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -78,6 +78,11 @@ def fuse_norms(model: nn.Module) -> int:
     return sum(isinstance(module, _FusedNorm) for module in model.modules())
 
 
+def may_run() -> bool:
+    """Whether there are kernels for norms, on any device of this machine."""
+    return torch.cuda.is_available() or matmul.compiles()
+
+
 def unfuse_norms(model: nn.Module) -> None:
     """Undo `fuse_norms`.
 
@@ -106,8 +111,11 @@ class _FusedNorm:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         assert isinstance(self, nn.Module)
         if len(args) == 1 and not kwargs and _runs_here(self, args[0]):
-            kernels = _kernels(args[0].device.type)
-            if kernels is not None:
+            if args[0].device.type == "cpu":
+                state: _State = vars(self)[_STATE]
+                if not state.norm.centered and matmul.compiles():
+                    return _run_on_cpu(state.norm, self, args[0])
+            elif (kernels := _kernels(args[0].device.type)) is not None:
                 return _run(kernels, self, args[0])
         return super().forward(*args, **kwargs)  # type: ignore[misc]
 
@@ -153,6 +161,15 @@ def _runs_here(module: nn.Module, x: Any) -> bool:
         return False
     trains = x.requires_grad or any(p.requires_grad for p in parameters)
     return x.shape[-1:] == parameters[0].shape and not (trains and torch.is_grad_enabled())
+
+
+def _run_on_cpu(norm: Norm, module: nn.Module, x: Tensor) -> Tensor:
+    from haq.int8.llvm import norms
+
+    weight = module._parameters["weight"]
+    assert weight is not None
+    result: Tensor = norms.norm(x.detach(), norm, weight, module._parameters.get("bias"))
+    return result
 
 
 def _run(kernels: ModuleType, module: nn.Module, x: Tensor) -> Tensor:

@@ -2,8 +2,10 @@
 
 from collections.abc import Callable, Iterator, Sequence
 
+import torch
 from torch import Tensor
 
+from haq.int8.llvm.weight import LlvmWeight, Rows, products
 from haq.int8.tokens import RoundedTokens, round_tokens
 from haq.nn.linear import Int8Linear
 
@@ -32,16 +34,39 @@ def by_expert(index: Tensor, num_experts: int) -> tuple[Tensor, list[int]]:
         >>> by_expert(torch.tensor([[1, 0], [3, 1]]), 3)
         (tensor([1, 0, 3]), [1, 2, 0])
     """
-    flat, allowed = index.reshape(-1), f"integers in [0, {num_experts}]"
+    if index.numel() <= _FEW:
+        return _few_by_expert(index, num_experts)
+    flat = index.reshape(-1)
     try:
         counts = flat.bincount(minlength=num_experts + 1).tolist()
     except RuntimeError as error:  # It refuses what is negative, which costs no further look.
-        raise ValueError(f"`top_k_index` must be {allowed}, got {flat.min().item()}.") from error
+        raise _unknown_expert(int(flat.min()), num_experts) from error
     if len(counts) > num_experts + 1:
-        raise ValueError(f"`top_k_index` must be {allowed}, got {len(counts) - 1}.")
+        raise _unknown_expert(len(counts) - 1, num_experts)
     none = counts.pop()
     order = flat.argsort(stable=True)
     return order[: len(order) - none], counts
+
+
+# So many choices are sorted faster by Python than by torch.
+_FEW = 64
+
+
+def _few_by_expert(index: Tensor, num_experts: int) -> tuple[Tensor, list[int]]:
+    chosen = index.reshape(-1).tolist()
+    counts = [0] * (num_experts + 1)
+    for expert in chosen:
+        if not 0 <= expert <= num_experts:
+            raise _unknown_expert(expert, num_experts)
+        counts[expert] += 1
+    order = sorted(range(len(chosen)), key=chosen.__getitem__)
+    none = counts.pop()
+    order = order[: len(order) - none]
+    return torch.tensor(order, dtype=torch.int64, device=index.device), counts
+
+
+def _unknown_expert(expert: int, num_experts: int) -> ValueError:
+    return ValueError(f"`top_k_index` must be integers in [0, {num_experts}], got {expert}.")
 
 
 def weighted_sum(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
@@ -84,6 +109,8 @@ def expert_rows(
     Returns:
         float32 ``[S, D]``.
     """
+    if experts and isinstance(experts[0][0]._packed, LlvmWeight):
+        return _compiled_rows(experts, counts, activation, hidden_states, tokens)
     # Every token once, whatever number of experts reads it.
     rounded = round_tokens(hidden_states.contiguous())
     outputs = rounded.integers.new_empty(len(tokens), hidden_states.shape[1])
@@ -94,6 +121,33 @@ def expert_rows(
         _run(part, activation, rounded[tokens[here]], outputs[here])
         start = here.stop
     return outputs
+
+
+def _compiled_rows(
+    experts: Sequence[tuple[Int8Linear, Int8Linear]],
+    counts: Sequence[int],
+    activation: Activation,
+    hidden_states: Tensor,
+    tokens: Tensor,
+) -> Tensor:
+    """`expert_rows` where a kernel takes the rows of several experts at once."""
+    outputs, start = [], 0
+    for span in _spans(counts):
+        stop = start + sum(count for _, count in span)
+        states = hidden_states[tokens[start:stop]]
+        for part in (0, 1):
+            groups = [_group(experts[index][part], count) for index, count in span]
+            states = products(groups, states, torch.float32)
+            if part == 0:
+                states = activation(states)
+        outputs.append(states)
+        start = stop
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _group(layer: Int8Linear, count: int) -> Rows:
+    assert isinstance(layer._packed, LlvmWeight)
+    return Rows(layer._packed, count, layer.bias, layer._row_sums)
 
 
 def _spans(counts: Sequence[int]) -> Iterator[list[tuple[int, int]]]:

@@ -15,7 +15,7 @@ from haq.model.experts import fused_experts, routers, unknown_weights
 from haq.model.heads import write_at_once
 from haq.model.linears import linears
 from haq.model.tail import Route, tail_batches
-from haq.nn import Int8Linear, fuse_norms
+from haq.nn import Int8Linear, norms
 from haq.quantization.block import quantize_block
 from haq.quantization.guard import guard, unguard
 from haq.quantization.head import quantize_head
@@ -125,8 +125,8 @@ def quantize_model(
     finally:
         model.train(training)
     use_fast_attention(model)
-    if torch.cuda.is_available():  # Elsewhere a fused norm is the same as any.
-        fuse_norms(model)
+    if norms.may_run():  # Elsewhere a fused norm is the same as any.
+        norms.fuse_norms(model)
     return model
 
 

@@ -1,0 +1,209 @@
+"""Attention of one new token to all before it, in one call."""
+
+import math
+from typing import Any
+
+import torch
+from llvmlite import ir
+from torch import Tensor
+
+from haq.int8.llvm import compiler, floats, threads
+from haq.int8.llvm.calls import Told
+from haq.int8.llvm.weight import name_of
+from haq.int8.llvm.words import (
+    FLOAT,
+    I32,
+    POINTER,
+    Code,
+    Value,
+    constant,
+    lanes_of,
+    number,
+    parts,
+    spread,
+    suffix,
+    total,
+    vector,
+)
+
+_LANES = 8
+
+# Values of a head that are summed at once, in registers.
+_REGISTERS = 4
+
+_CALL = (
+    "query",  # float32 [B, H, D], scaled
+    "key",  # float [B, G, T, D]
+    "value",  # float [B, G, T, V]
+    "mask",  # float32 [B, H, T], to be added, or 0
+    "scores",  # room for float32 [B, H, T]
+    "out",  # float [B, H, V]
+    "heads",  # B H
+    "heads_of_row",  # H
+    "shared",  # H / G
+    "tokens_before",  # T
+    "size",  # D
+    "width",  # V
+    *(f"{of}_{by}" for of in ("key", "value") for by in ("row", "group", "token")),  # strides
+)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """``softmax(query @ key.T + mask) @ value`` in float32, for one query of each head.
+
+    Args:
+        query: float32 ``[B, H, 1, D]``, scaled.
+        key: float ``[B, G, T, D]``, with numbers of a token side by side.
+        value: float ``[B, G, T, V]``, dtype of ``key``, with numbers of a token side by side.
+        mask: float32 ``[B, H, 1, T]``, to be added.
+
+    Returns:
+        ``[B, H, 1, V]`` in the dtype of ``value``.
+    """
+    (batch, heads, _, size), (groups, tokens) = query.shape, key.shape[1:3]
+    query = query.contiguous()
+    mask = None if mask is None else mask.contiguous()
+    out = value.new_empty(batch, heads, 1, value.shape[-1])
+    scores = query.new_empty(batch, heads, tokens)
+    places = [query.data_ptr(), key.data_ptr(), value.data_ptr()]
+    places += [0 if mask is None else mask.data_ptr(), scores.data_ptr(), out.data_ptr()]
+    places += [batch * heads, heads, heads // groups, tokens, size, value.shape[-1]]
+    places += [*key.stride()[:3], *value.stride()[:3]]
+    compiler.run(_module, (key.dtype, mask is not None), places)
+    return out
+
+
+def _module(dtype: torch.dtype, masked: bool) -> Any:
+    module = ir.Module()
+    code = Code(module, "run", [POINTER], internal=False)
+    call = Told(code, code.parameters[0], _CALL)
+    first, step = threads.number_and_count(code)
+    with code.loop(first, call["heads"], step) as head:
+        _Head(code, call, head, name_of(dtype)).write(masked)
+    code.ret_void()
+    return module
+
+
+class _Head:
+    """One head of one row of the batch."""
+
+    def __init__(self, code: Code, call: Told, head: Value, kind: str) -> None:
+        self.code, self.call, self.head, self.kind = code, call, head, kind
+        self.tokens, stored = call["tokens_before"], floats.STORED[kind]
+        row, own = (f(head, call["heads_of_row"]) for f in (code.sdiv, code.srem))
+        group = code.sdiv(own, call["shared"])
+        self.key, self.value = (
+            code.address(call[name], self._offset(name, row, group), stored)
+            for name in ("key", "value")
+        )
+        before = code.mul(head, self.tokens)
+        self.scores = code.address(call["scores"], before, FLOAT)
+        self.mask = code.address(call["mask"], before, FLOAT)
+        self.query = code.address(call["query"], code.mul(head, call["size"]), FLOAT)
+        self.out = code.address(call["out"], code.mul(head, call["width"]), stored)
+
+    def _offset(self, name: str, row: Value, group: Value) -> Value:
+        code, call = self.code, self.call
+        return code.add(code.mul(row, call[f"{name}_row"]), code.mul(group, call[f"{name}_group"]))
+
+    def write(self, masked: bool) -> None:
+        code = self.code
+        largest = self._write_scores(masked)
+        inverse = code.fdiv(constant(FLOAT, 1.0), self._exponentiate(largest))
+        at_once = _LANES * _REGISTERS
+        in_registers = code.and_(self.call["width"], number(-at_once))
+        with code.loop(number(0), in_registers, at_once) as index:
+            self._sum_values(index, _REGISTERS, _LANES, inverse)
+        whole = code.and_(self.call["width"], number(-_LANES))
+        with code.loop(in_registers, whole, _LANES) as index:
+            self._sum_values(index, 1, _LANES, inverse)
+        with code.loop(whole, self.call["width"]) as index:
+            self._sum_values(index, 1, 1, inverse)
+
+    def _write_scores(self, masked: bool) -> Value:
+        """Products with all keys, and the largest."""
+        code, call = self.code, self.call
+        largest = code.variable(FLOAT, constant(FLOAT, -math.inf))
+        with code.loop(number(0), self.tokens) as token:
+            key = code.address(
+                self.key, code.mul(token, call["key_token"]), floats.STORED[self.kind]
+            )
+            sums = []
+            for lanes, start, stop in parts(code, call["size"], _LANES):
+                kind = vector(FLOAT, lanes)
+                here = code.variable(kind, constant(kind, 0.0))
+                with code.loop(start, stop, lanes) as index:
+                    a = code.read(self.query, index, FLOAT, lanes)
+                    b = floats.read(code, self.kind, key, index, lanes)
+                    code.store(_multiply_add(code, a, b, code.value(here, kind)), here)
+                sums.append(total(code, code.value(here, kind)))
+            score = code.fadd(*sums)
+            if masked:
+                score = code.fadd(score, code.read(self.mask, token, FLOAT))
+            code.write(score, self.scores, token, FLOAT)
+            old = code.value(largest, FLOAT)
+            code.store(code.select(code.fcmp_ordered(">", score, old), score, old), largest)
+        return code.value(largest, FLOAT)
+
+    def _exponentiate(self, largest: Value) -> Value:
+        """Scores to weights that still have to be divided by their sum, which this is."""
+        code, sums = self.code, []
+        for lanes, start, stop in parts(code, self.tokens, _LANES):
+            kind = vector(FLOAT, lanes)
+            here = code.variable(kind, constant(kind, 0.0))
+            with code.loop(start, stop, lanes) as index:
+                score = code.read(self.scores, index, FLOAT, lanes)
+                weight = _exponential(code, code.fsub(score, spread(code, largest, lanes)))
+                code.write(weight, self.scores, index, FLOAT)
+                code.store(code.fadd(code.value(here, kind), weight), here)
+            sums.append(total(code, code.value(here, kind)))
+        return code.fadd(*sums)
+
+    def _sum_values(self, index: Value, registers: int, lanes: int, inverse: Value) -> None:
+        """Some columns of the result."""
+        code, kind = self.code, vector(FLOAT, lanes)
+        sums = [code.variable(kind, constant(kind, 0.0)) for _ in range(registers)]
+        places = [code.add(index, number(lanes * r)) for r in range(registers)]
+        with code.loop(number(0), self.tokens) as token:
+            offset = code.mul(token, self.call["value_token"])
+            value = code.address(self.value, offset, floats.STORED[self.kind])
+            weight = spread(code, code.read(self.scores, token, FLOAT), lanes)
+            for each, place in zip(sums, places, strict=True):
+                numbers = floats.read(code, self.kind, value, place, lanes)
+                code.store(_multiply_add(code, weight, numbers, code.value(each, kind)), each)
+        for each, place in zip(sums, places, strict=True):
+            result = code.fmul(code.value(each, kind), spread(code, inverse, lanes))
+            floats.write(code, self.kind, result, self.out, place)
+
+
+def _multiply_add(code: Code, a: Value, b: Value, c: Value) -> Value:
+    return code.intrinsic(f"llvm.fma.{suffix(a.type)}", a.type, a, b, c)
+
+
+# The series of e^r for r in [-ln(2)/2, ln(2)/2].
+_SERIES = [1 / math.factorial(k) for k in range(8)]
+
+# ln(2) in two parts: times an integer of a few bits, the first is exact.
+_LOG_2 = 0.693359375, math.log(2) - 0.693359375
+
+# Below this, 2^n is no ordinary float32 any more, and what it weighs is nothing.
+_LEAST_POWER = -126.0
+
+
+def _exponential(code: Code, value: Value) -> Value:
+    """``exp(value)`` for values up to 0, within a few units of float32's last place."""
+    kind = value.type
+    power = code.fmul(value, constant(kind, 1 / math.log(2)))
+    nothing = code.fcmp_ordered("<", power, constant(kind, _LEAST_POWER))
+    power = code.intrinsic(f"llvm.roundeven.{suffix(kind)}", kind, power)
+    power = code.select(nothing, constant(kind, 0.0), power)
+    rest = value
+    for part in _LOG_2:
+        rest = _multiply_add(code, power, constant(kind, -part), rest)
+    result = constant(kind, _SERIES[-1])
+    for coefficient in reversed(_SERIES[:-1]):
+        result = _multiply_add(code, result, rest, constant(kind, coefficient))
+    integers = vector(I32, lanes_of(kind))
+    exponent = code.add(code.fptosi(power, integers), number(127, integers))
+    scale = code.bitcast(code.shl(exponent, number(23, integers)), kind)
+    return code.select(nothing, constant(kind, 0.0), code.fmul(result, scale))

@@ -1,0 +1,188 @@
+"""Int8 weights as they are, multiplied by kernels that LLVM compiles for this processor."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+TYPES = {torch.float32, torch.bfloat16, torch.float16}
+"""What kernels read and write."""
+
+# With few tokens, bytes of a weight that a thread takes at a time, and how often it is to come
+# back at least: one that is slower then takes less. With many, rows of the weight, and bytes of
+# tokens that stay in the cache meanwhile.
+_CHUNK_BYTES, _CHUNKS_PER_THREAD = 2**18, 4
+_CHUNK_ROWS, _BLOCK_BYTES = 48, 2**18
+
+# Integers of a token begin where a line of the cache does.
+_LINE = 64
+
+
+def check() -> None:
+    """Whether kernels can be compiled and run here.
+
+    Raises:
+        ImportError: llvmlite is not installed.
+        RuntimeError: this processor, or this build of torch, has not what the kernels need.
+    """
+    try:
+        from haq.int8.llvm import compiler
+    except ImportError as error:
+        raise ImportError('llvmlite is not installed: pip install "haq[cpu]"') from error
+    compiler.check()
+
+
+class LlvmWeight:
+    """A plain int8 weight.
+
+    Args:
+        weight: int8 ``[N, K]``, contiguous.
+        scale: float32 ``[N, 1]``.
+
+    Raises:
+        ImportError: llvmlite is not installed.
+        RuntimeError: this processor, or this build of torch, has not what the kernels need.
+    """
+
+    backend = "llvm"
+
+    def __init__(self, weight: Tensor, scale: Tensor) -> None:
+        check()
+        self.weight, self.scale = weight, scale.contiguous().view(-1)
+        self.sums = self._row_sums()
+
+    def product(self, rounded: Tensor) -> Tensor:
+        ours = [Rows(self, len(rounded))]
+        return products(ours, rounded, torch.float32, scaled=False)
+
+    def linear(self, x: Tensor, bias: Tensor | None, row_sums: Tensor | None) -> Tensor:
+        """All of `haq.int8.matmul.linear`, in one call.
+
+        Args:
+            x: float ``[..., K]``.
+            bias: float32 ``[N]``.
+            row_sums: float32 ``[N]``, for tokens with a zero point.
+
+        Returns:
+            ``[..., N]``, dtype of ``x``.
+        """
+        ours = [Rows(self, x.numel() // x.shape[-1], bias, row_sums)]
+        return products(ours, x, x.dtype)
+
+    def unpack(self) -> Tensor:
+        return self.weight
+
+    def write(self, weight: Tensor) -> None:
+        """Take the numbers of another weight of the same shape, from any device."""
+        self.weight.copy_(weight)
+        self.sums = self._row_sums()
+
+    def _row_sums(self) -> Tensor | None:
+        """Of the integers, for processors that need unsigned tokens."""
+        from haq.int8.llvm import compiler
+
+        return self.weight.sum(1, dtype=torch.int32) if compiler.dots_here().unsigned else None
+
+
+class Rows(NamedTuple):
+    """Tokens that one weight is multiplied with.
+
+    Attributes:
+        weight: ``[N, K]``.
+        tokens: how many.
+        bias: float32 ``[N]``.
+        row_sums: float32 ``[N]``, for tokens with a zero point.
+    """
+
+    weight: LlvmWeight
+    tokens: int
+    bias: Tensor | None = None
+    row_sums: Tensor | None = None
+
+
+def products(
+    groups: Sequence[Rows],
+    tokens: Tensor,
+    dtype: torch.dtype,
+    *,
+    scaled: bool = True,
+) -> Tensor:
+    """Tokens, each multiplied with its weight.
+
+    What is done in Python here takes as long as the product of a small weight, so it is little.
+
+    Args:
+        groups: how many tokens each weight has, one after the other. The weights have one shape;
+            all have biases or none, and all have sums of rows or none.
+        tokens: float or int8 ``[..., K]``.
+        dtype: of the result.
+        scaled: whether tokens are rounded, each with a scale of its own. Else they are integers,
+            and the sums are multiplied by the weights' scales only.
+
+    Returns:
+        ``[..., N]``.
+    """
+    from haq.int8.llvm import compiler, kernels
+
+    if tokens.dtype not in TYPES:
+        tokens = tokens.float()
+    tokens = tokens.contiguous()
+    target = dtype if dtype in TYPES else torch.float32
+    _, _, bias, row_sums = groups[0]
+    rows, width = groups[0].weight.weight.shape
+    kind = tokens.dtype, target, scaled, row_sums is not None, bias is not None
+    count = tokens.numel() // width
+    out = tokens.new_empty((*tokens.shape[:-1], rows), dtype=target)
+    # The integers take two bytes each at most; scale and shift follow them, four bytes each.
+    stride = -(-width // _LINE) * _LINE
+    room = tokens.new_empty(count * (2 * stride + 8), dtype=torch.uint8)
+    integers = room.data_ptr()
+    scales = integers + 2 * count * stride
+    few = max(group.tokens for group in groups) <= kernels.FEW
+    pieces = _pieces(few, rows, stride, torch.get_num_threads())
+    places = [tokens.data_ptr(), count, width, integers, stride, scales, scales + 4 * count]
+    places += [out.data_ptr(), rows, *pieces, 0, len(groups)]
+    first = 0
+    for weight, number, bias, row_sums in groups:
+        # Asked anew: a tensor that goes to another process moves into memory that is shared.
+        parts = weight.weight, weight.scale, weight.sums, bias, row_sums
+        places += [*map(_address, parts), first, first + number]
+        first += number
+    compiler.run(_module, kind, places)
+    return out if target is dtype else out.to(dtype)
+
+
+def _module(source: torch.dtype, target: torch.dtype, *options: bool) -> Any:
+    from haq.int8.llvm import compiler, kernels
+
+    kind = kernels.Kind(name_of(source), name_of(target), *options)
+    return kernels.module_of(kind, compiler.dots_here())
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """As kernels call it.
+
+    Examples:
+        >>> name_of(torch.bfloat16)
+        'bfloat16'
+    """
+    return str(dtype).removeprefix("torch.")
+
+
+@functools.cache
+def _pieces(few: bool, rows: int, width: int, threads: int) -> tuple[int, int]:
+    """Rows of a weight, and tokens, that a thread multiplies before it asks for more."""
+    from haq.int8.llvm import compiler, kernels
+
+    fair = -(-rows // (_CHUNKS_PER_THREAD * threads))
+    if few:
+        return max(1, min(_CHUNK_BYTES // width, fair)), kernels.FEW
+    rows_of_tile, tokens_of_tile = kernels.tile_of(compiler.dots_here())
+    chunk = -(-min(_CHUNK_ROWS, fair) // rows_of_tile) * rows_of_tile
+    return chunk, max(1, _BLOCK_BYTES // (2 * width) // tokens_of_tile) * tokens_of_tile
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

@@ -1,0 +1,253 @@
+"""The products that LLVM compiles, by every processor's instructions, against numpy."""
+
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import llvmlite.binding as llvm
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from haq.int8 import matmul
+from haq.int8.llvm import compiler, kernels, threads, weight
+from haq.int8.llvm.dots import Dots, FoursOfBytes, PairsOfWords, best_of
+from haq.int8.llvm.kernels import Kind
+from haq.int8.llvm.weight import LlvmWeight, Rows, products
+from haq.int8.tokens import round_tokens, row_sums
+
+# What these processors have. Where this one does not, VNNI's instruction is written out.
+WAYS: dict[str, Dots] = {
+    "AVX2": PairsOfWords(256),
+    "AVX-VNNI": FoursOfBytes(256, registers=16, instruction=False),
+    "AVX512-VNNI": FoursOfBytes(512, registers=32, instruction=False),
+}
+
+COMPILED: dict[str, dict[tuple[Any, ...], compiler.Kernel]] = {}
+
+SHAPES = {  # T, K, N: few tokens, tiles with rest, several pieces of tokens and of rows
+    "one of everything": (1, 1, 1),
+    "one token": (1, 257, 50),
+    "four tokens": (4, 130, 33),
+    "five tokens": (5, 64, 19),
+    "a prompt": (151, 2113, 131),
+}
+
+
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Dots]:
+    """One processor's way of multiplying, for all that is packed and run."""
+    if not best_of(llvm.get_host_cpu_features()):
+        pytest.skip("this processor has no AVX2")
+    dots = WAYS[request.param]
+    monkeypatch.setattr(compiler, "dots_here", lambda: dots)
+    monkeypatch.setattr(compiler, "_kernels", COMPILED.setdefault(request.param, {}))
+    weight._pieces.cache_clear()
+    yield dots
+    weight._pieces.cache_clear()
+
+
+def random_weight(rows: int, columns: int, seed: int = 0) -> LlvmWeight:
+    generator = torch.Generator().manual_seed(seed)
+    integers = torch.randint(-128, 128, (rows, columns), dtype=torch.int8, generator=generator)
+    return LlvmWeight(integers, torch.rand(rows, 1, generator=generator) + 0.01)
+
+
+def expected(
+    x: Tensor, packed: LlvmWeight, bias: Tensor | None, asymmetric: bool, dtype: torch.dtype
+) -> Tensor:
+    """The formula of `haq.int8.matmul`: sums in int64, each later step in float32."""
+    tokens = round_tokens(x.float(), asymmetric)
+    integers = tokens.integers.numpy().astype(np.int64)
+    weight, scale = packed.unpack(), packed.scale
+    sums = integers @ weight.numpy().astype(np.int64).T
+    result = sums.astype(np.float32) * scale.numpy()
+    if tokens.shift is not None:
+        result = result + tokens.shift.numpy() * row_sums(weight, scale).numpy()
+    result = result * tokens.scale.numpy()
+    if bias is not None:
+        result = result + bias.numpy()
+    return torch.from_numpy(result).to(dtype)
+
+
+def assert_same_bits(result: Tensor, reference: Tensor) -> None:
+    torch.testing.assert_close(result, reference, rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("asymmetric", [False, True], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_every_processor_gives_the_same_bits(
+    shape: tuple[int, int, int], asymmetric: bool, generator: torch.Generator
+) -> None:
+    count, columns, rows = shape
+    packed, bias = random_weight(rows, columns), torch.randn(rows, generator=generator)
+    x = torch.randn(count, columns, generator=generator) / 64
+    sums = row_sums(packed.unpack(), packed.scale.view(-1, 1)) if asymmetric else None
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        values = (x + 0.01 * asymmetric).to(dtype)
+        result = packed.linear(values, bias, sums)
+        assert_same_bits(result, expected(values, packed, bias, asymmetric, dtype))
+
+
+@pytest.mark.usefixtures("way")
+def test_the_proof_of_every_backend_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matmul, "_verdicts", {})
+    backend = next(backend for backend in matmul.BACKENDS if backend.name == "llvm")
+    assert matmul._verdict(backend, "cpu").exact
+
+
+@pytest.mark.usefixtures("way")
+def test_several_weights_in_one_call(generator: torch.Generator) -> None:
+    counts = [3, 0, 9, 1]
+    groups = [Rows(random_weight(21, 70, seed), count) for seed, count in enumerate(counts)]
+    x = torch.randn(sum(counts), 70, generator=generator)
+    result = products(groups, x, torch.bfloat16)
+    for group, rows, values in zip(groups, result.split(counts), x.split(counts), strict=True):
+        reference = expected(values, group.weight, None, False, torch.bfloat16)
+        assert_same_bits(rows, reference)
+
+
+@pytest.mark.usefixtures("way")
+def test_new_numbers_in_the_same_memory(generator: torch.Generator) -> None:
+    packed, other = random_weight(9, 65), random_weight(9, 65, seed=1)
+    packed.write(other.unpack())
+    x = torch.randn(2, 65, generator=generator)
+    assert_same_bits(packed.linear(x, None, None), expected(x, packed, None, False, x.dtype))
+
+
+@pytest.mark.parametrize("number", [1, 3, 16])
+def test_any_number_of_threads(number: int, generator: torch.Generator) -> None:
+    packed, x = random_weight(37, 200), torch.randn(6, 200, generator=generator)
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        result = packed.linear(x, None, None)
+    finally:
+        torch.set_num_threads(before)
+    assert_same_bits(result, expected(x, packed, None, False, x.dtype))
+
+
+def test_calls_of_several_threads_at_once(generator: torch.Generator) -> None:
+    packed, x = random_weight(300, 500), torch.randn(5, 500, generator=generator)
+    reference, results = expected(x, packed, None, False, x.dtype), []
+
+    def call() -> None:
+        results.extend(packed.linear(x, None, None) for _ in range(50))
+
+    callers = [threading.Thread(target=call) for _ in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert len(results) == 200
+    for result in results:
+        assert_same_bits(result, reference)
+
+
+def test_tokens_that_do_not_lie_in_a_row(generator: torch.Generator) -> None:
+    packed, x = random_weight(11, 24), torch.randn(24, 2, 3, generator=generator).permute(2, 1, 0)
+    reference = expected(x.reshape(6, 24), packed, None, False, x.dtype)
+    assert_same_bits(packed.linear(x, None, None), reference.view(3, 2, 11))
+
+
+def test_nan_in_a_token_with_a_zero_point(generator: torch.Generator) -> None:
+    packed, x = random_weight(11, 40), torch.randn(3, 40, generator=generator)
+    sums = row_sums(packed.unpack(), packed.scale.view(-1, 1))
+    reference = packed.linear(x, None, sums)
+    x[1, 39] = torch.nan  # Where no register is full.
+    result = packed.linear(x, None, sums)
+    assert result[1].isnan().all()
+    assert_same_bits(result[::2], reference[::2])
+
+
+def assembly(dots: Dots, processor: str) -> str:
+    """What a processor is given to run."""
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    target = llvm.Target.from_triple("x86_64-unknown-linux-gnu")
+    machine = target.create_target_machine(cpu=processor, opt=3)
+    module = llvm.parse_assembly(str(kernels.module_of(Kind("bfloat16", "bfloat16"), dots)))
+    module.verify()
+    compiler.optimize(module, machine)
+    text: str = machine.emit_assembly(module)
+    return text
+
+
+@pytest.mark.parametrize(
+    ("dots", "processor", "instruction"),
+    [
+        (PairsOfWords(256), "haswell", r"vpmaddwd .*%ymm"),
+        (PairsOfWords(512), "skylake-avx512", r"vpmaddwd .*%zmm"),
+        (FoursOfBytes(512, registers=32), "znver4", r"vpdpbusd .*%zmm"),
+        (FoursOfBytes(512, registers=32), "icelake-server", r"vpdpbusd .*%zmm"),
+        (FoursOfBytes(256, registers=16), "alderlake", r"vpdpbusd .*%ymm"),
+    ],
+)
+def test_the_instruction_is_the_processors(dots: Dots, processor: str, instruction: str) -> None:
+    text = assembly(dots, processor).replace("\t", " ")
+    height, width = kernels.tile_of(dots)
+    body = text.partition(f"\ntile_{height}_{width}:")[2].partition(".Lfunc_end")[0]
+    found = [line for line in body.splitlines() if instruction.split(" ")[0] in line]
+    assert len(found) == height * width  # Once for each sum of a tile, and nothing spilled.
+    assert all(instruction[-3:] in line for line in found)
+
+
+@pytest.mark.parametrize(
+    ("features", "dots"),
+    [
+        ("avx2", PairsOfWords(256)),
+        ("avx2 avx512bw avx512vl", PairsOfWords(512)),
+        ("avx2 avx512bw avx512vl avx512vnni", FoursOfBytes(512, registers=32)),
+        ("avx2 avxvnni", FoursOfBytes(256, registers=16)),
+        ("sse4.2", None),
+    ],
+)
+def test_the_way_of_a_processor(features: str, dots: Dots | None) -> None:
+    assert best_of(dict.fromkeys(features.split(), True)) == dots
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    remembered = compiler.check, compiler.dots_here, threads.library
+    for cached in remembered:
+        cached.cache_clear()
+    yield
+    for cached in remembered:
+        cached.cache_clear()
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("owner", "name", "value", "message"),
+    [
+        (llvm, "llvm_version_info", (20, 1, 0), "llvmlite has LLVM 20; 22 or newer is needed"),
+        (llvm, "get_host_cpu_features", dict, "the processor has no AVX2"),
+        (threads, "_loaded", list, "torch has no OpenMP library whose threads could be used"),
+    ],
+)
+def test_what_is_missing_is_said(
+    owner: object, name: str, value: object, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(owner, name, value)
+    with pytest.raises(RuntimeError, match=message):
+        random_weight(1, 1)
+
+
+def test_without_llvmlite_another_backend_takes_over(tmp_path: Path) -> None:
+    script = """
+import sys
+sys.modules["llvmlite"] = None
+import haq, torch
+from haq.nn import Int8Linear
+layer = Int8Linear.from_float(torch.eye(2))
+print(layer.backend, haq.backends()[0].reason)
+"""
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    name, _, reason = ran.stdout.strip().partition(" ")
+    assert name != "llvm"
+    assert reason == 'not available here: llvmlite is not installed: pip install "haq[cpu]"'
