@@ -39,8 +39,10 @@ DECODE, SHORT, PREFILL = WORKS
 COMPILED = "int8, compiled"
 NOT_COMPILED = {SHORT}
 
-# A long prompt takes seconds a round.
+# A long prompt takes seconds a round. Processors without instructions for bfloat16 take ten times
+# as long in it: where one prompt takes more than this, one is what is timed.
 MOST_SECONDS = 15
+MOST_SECONDS_OF_BF16 = 4.0
 
 # Layers that are checked, and tokens; products in float64 take long.
 CHECKED_LAYERS, CHECKED_TOKENS = 2, 16
@@ -146,19 +148,22 @@ def measure(
     bytes_read = {name: shapes.bytes_per_token(model) for name, model in variants.items()}
     rows = []
     for work, start in WORKS.items():
-        runs, failures = {}, {}
+        runs, failures, once = {}, {}, {}
         for name, model in variants.items():
             if name == COMPILED and work in NOT_COMPILED:
                 continue
             try:
                 runs[name] = start(model)
-                runs[name]()
+                seconds = harness.seconds_per_call(runs[name], 1)
+                if name == "bf16" and seconds > MOST_SECONDS_OF_BF16:
+                    del runs[name]
+                    once = {"bf16_once_ms": seconds * 1e3}
             except Exception as error:  # noqa: BLE001 - whatever the compiler of a machine raises
                 runs.pop(name, None)
                 failures[name] = harness.first_line(error)
         timings = harness.time_in_turn({**read.runs, **runs}, rounds, MOST_SECONDS)
         of = bytes_read if work == DECODE else {}
-        rows.append(roofline.row({**labels, "work": work}, timings, of, read, failures))
+        rows.append(roofline.row({**labels, "work": work, **once}, timings, of, read, failures))
     return rows
 
 
@@ -196,7 +201,9 @@ def targets_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             share = int8["share_of_roofline"]
             targets.append(harness.target(f"{name}, share of roofline", share, 0.75))
         elif row["work"] == PREFILL:
-            targets.append(harness.target(f"{name}, times bf16", int8["times_bf16"], 1.8))
+            once = row.get("bf16_once_ms", 0) / int8["median_ms"]
+            times = int8.get("times_bf16", once)
+            targets.append(harness.target(f"{name}, times bf16", times, 1.8))
     return targets
 
 

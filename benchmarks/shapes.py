@@ -140,7 +140,7 @@ def int8_copy(model: PreTrainedModel) -> PreTrainedModel:
         for name, module in replaced.items():
             block.set_submodule(name, module)
     use_fast_attention(copied)
-    if norms.may_run():
+    if norms.may_run(copied.dtype):
         norms.fuse_norms(copied)
     return copied
 

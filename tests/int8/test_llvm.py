@@ -67,7 +67,8 @@ def expected(
     sums = integers @ weight.numpy().astype(np.int64).T
     result = sums.astype(np.float32) * scale.numpy()
     if tokens.shift is not None:
-        result = result + tokens.shift.numpy() * row_sums(weight, scale).numpy()
+        added = tokens.shift.double().numpy() * row_sums(weight, scale).double().numpy()
+        result = (result.astype(np.float64) + added).astype(np.float32)  # One rounding.
     result = result * tokens.scale.numpy()
     if bias is not None:
         result = result + bias.numpy()

@@ -98,7 +98,7 @@ def from_pretrained(
         model.config.dtype = dtype
     guard(model)
     use_fast_attention(model)
-    if norms.may_run():  # Elsewhere a fused norm is the same as any.
+    if norms.may_run(model.dtype):  # Elsewhere a fused norm is the same as any.
         norms.fuse_norms(model)
     if report is not None:
         attach_report(model, report)

@@ -25,6 +25,7 @@ from haq.nn.formulas import recognized
 _DEVICE_TYPES = ("cpu", "cuda")
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPES_OF_CPU = (torch.bfloat16, torch.float16)
 
 # In how many calls a norm looks for readers before it takes it that there are none.
 _TRIALS = 2
@@ -78,9 +79,12 @@ def fuse_norms(model: nn.Module) -> int:
     return sum(isinstance(module, _FusedNorm) for module in model.modules())
 
 
-def may_run() -> bool:
-    """Whether there are kernels for norms, on any device of this machine."""
-    return torch.cuda.is_available() or matmul.compiles()
+def may_run(dtype: torch.dtype) -> bool:
+    """Whether there are kernels for the norms of a model of this dtype, on any device here.
+
+    On a CPU there are for 16 bits only: in float32 a sum in another order would be seen.
+    """
+    return torch.cuda.is_available() or (dtype in _DTYPES_OF_CPU and matmul.compiles())
 
 
 def unfuse_norms(model: nn.Module) -> None:
@@ -113,7 +117,8 @@ class _FusedNorm:
         if len(args) == 1 and not kwargs and _runs_here(self, args[0]):
             if args[0].device.type == "cpu":
                 state: _State = vars(self)[_STATE]
-                if not state.norm.centered and matmul.compiles():
+                known = not state.norm.centered and args[0].dtype in _DTYPES_OF_CPU
+                if known and matmul.compiles():
                     return _run_on_cpu(state.norm, self, args[0])
             elif (kernels := _kernels(args[0].device.type)) is not None:
                 return _run(kernels, self, args[0])

@@ -80,9 +80,9 @@ def weighted_sum(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
     Returns:
         ``[T, D]`` in the dtype of ``rows``.
     """
-    rows.mul_(weights.reshape(-1)[order, None])
-    chosen = rows.new_zeros(weights.numel(), rows.shape[1])
-    chosen[order] = rows
+    # Indexing with brackets, which can do more, takes several times as long.
+    rows.mul_(weights.reshape(-1).index_select(0, order).unsqueeze(1))
+    chosen = rows.new_zeros(weights.numel(), rows.shape[1]).index_copy_(0, order, rows)
     chosen = chosen.view(*weights.shape, rows.shape[1])  # [T, A, D]
     total = chosen[:, 0]
     for slot in range(1, weights.shape[1]):
@@ -134,7 +134,7 @@ def _compiled_rows(
     outputs, start = [], 0
     for span in _spans(counts):
         stop = start + sum(count for _, count in span)
-        states = hidden_states[tokens[start:stop]]
+        states = hidden_states.index_select(0, tokens[start:stop])
         for part in (0, 1):
             groups = [_group(experts[index][part], count) for index, count in span]
             states = products(groups, states, torch.float32)

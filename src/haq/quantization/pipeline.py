@@ -125,7 +125,7 @@ def quantize_model(
     finally:
         model.train(training)
     use_fast_attention(model)
-    if norms.may_run():  # Elsewhere a fused norm is the same as any.
+    if norms.may_run(model.dtype):  # Elsewhere a fused norm is the same as any.
         norms.fuse_norms(model)
     return model
 

@@ -169,7 +169,8 @@ class _Product:
         if ending.shifted:
             shift = code.read(self.call["shifts"], token, FLOAT)
             step = code.read(self.group["row_sums"], row, FLOAT)
-            result = code.fadd(result, code.fmul(shift, step))
+            # Fused, as torch's `addcmul` is.
+            result = code.intrinsic("llvm.fma.f32", FLOAT, shift, step, result)
         if ending.scaled:
             result = code.fmul(result, code.read(self.call["scales"], token, FLOAT))
         if ending.biased:
