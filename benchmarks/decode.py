@@ -8,6 +8,7 @@ instructions for bfloat16 there is one of float32.
 
     python benchmarks/decode.py            minutes on 2 cores, and needs a C++ compiler
     python benchmarks/decode.py --eager    without `torch.compile`
+    python benchmarks/decode.py --step     only the decoding step
 """
 
 import copy
@@ -28,7 +29,9 @@ from transformers import PreTrainedModel
 from haq.int8.tokens import round_tokens
 from haq.nn import Int8Experts, Int8Linear
 
-WORKS: dict[str, Callable[[PreTrainedModel], harness.Run]] = {
+Start = Callable[[PreTrainedModel], harness.Run]
+
+WORKS: dict[str, Start] = {
     "decode, 1 token": shapes.decoder,
     f"prefill, {shapes.PROMPT} tokens": lambda model: shapes.prefill(model, shapes.PROMPT),
     f"prefill, {shapes.LONG_PROMPT} tokens": shapes.prefill,
@@ -142,12 +145,15 @@ def variants_of(name: str, layers: int | None, eager: bool) -> dict[str, PreTrai
 
 
 def measure(
-    labels: Mapping[str, Any], variants: Mapping[str, PreTrainedModel], rounds: int
+    labels: Mapping[str, Any],
+    variants: Mapping[str, PreTrainedModel],
+    works: Mapping[str, Start],
+    rounds: int,
 ) -> list[dict[str, Any]]:
     read = roofline.MemoryRead()
     bytes_read = {name: shapes.bytes_per_token(model) for name, model in variants.items()}
     rows = []
-    for work, start in WORKS.items():
+    for work, start in works.items():
         runs, failures, once = {}, {}, {}
         for name, model in variants.items():
             if name == COMPILED and work in NOT_COMPILED:
@@ -208,15 +214,19 @@ def targets_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    options = harness.arguments(__doc__, eager="without torch.compile")
+    options = harness.arguments(
+        __doc__, eager="without torch.compile", step="only the decoding step"
+    )
     facts = harness.card()
     harness.print_card(__doc__, facts)
+    works = {DECODE: WORKS[DECODE]} if options.step else WORKS
     rows, parts = [], {}
     for name in shapes.SHAPES:
         with torch.inference_mode():
             check(name)
             variants = variants_of(name, 1 if options.quick else None, options.eager)
-            found = measure({"model": name}, variants, rounds=5 if options.quick else 21)
+            rounds = 5 if options.quick else 21
+            found = measure({"model": name}, variants, works, rounds)
             parts[name] = parts_of(variants["int8"])
         roofline.print_rows(found)
         print_parts(name, parts[name])

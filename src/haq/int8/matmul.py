@@ -55,8 +55,10 @@ class Backend:
         return self.device_type in (None, device_type)
 
 
+_LLVM = Backend("llvm", "cpu", LlvmWeight)
+
 BACKENDS = (
-    Backend("llvm", "cpu", LlvmWeight),
+    _LLVM,
     Backend("fbgemm", "cpu", cpu.FbgemmWeight),
     Backend("onednn", "cpu", cpu.OneDnnWeight),
     Backend("fbgemm_signs", "cpu", SignedRowsWeight),
@@ -183,8 +185,7 @@ def compiles() -> bool:
         ...     compiles()
         False
     """
-    llvm = next(backend for backend in BACKENDS if backend.pack is LlvmWeight)
-    return _asked_for() in (None, llvm.name) and _verdict(llvm, "cpu").exact
+    return _asked_for() in (None, _LLVM.name) and _verdict(_LLVM, "cpu").exact
 
 
 @contextlib.contextmanager
@@ -283,8 +284,11 @@ _verdicts: dict[tuple[str, str], Verdict] = {}
 
 def _verdict(backend: Backend, device_type: str) -> Verdict:
     """The verdict on ``backend``, proved at the first call of the process."""
+    key = (backend.name, device_type)
+    known = _verdicts.get(key)
+    if known is not None:  # As it is in every call of a norm.
+        return known
     with _proof_lock:
-        key = (backend.name, device_type)
         if key not in _verdicts:
             _verdicts[key] = _prove(backend, torch.device(device_type))
         return _verdicts[key]
