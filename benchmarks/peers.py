@@ -3,6 +3,7 @@
     make peers                       sets up an environment with all of them, in .venv-peers
     python benchmarks/peers.py       in an environment with some of them, about 25 minutes
     python benchmarks/peers.py --peer torchao     one of them
+    python benchmarks/peers.py --nearest          the two that come nearest, about ten minutes
 
 Every peer runs on every shape in a process of its own, which has transformers in bfloat16 and haq
 as well, and all are timed in turn. Where a peer makes the head int8, too, it is compared with haq
@@ -38,6 +39,7 @@ PEERS = {
     "torchao, experts by name": "torchao",
     "bitsandbytes": "bitsandbytes",
 }
+NEAREST = [LLAMA_CPP, "torch.ao"]
 ONLY_MIXTURES = {"torchao, experts by name"}
 
 # Their memory is that of another one, and what their compiler takes.
@@ -181,14 +183,15 @@ def versions() -> dict[str, str | None]:
 
 
 def main() -> None:
-    options = harness.arguments(__doc__, values={"peer": f"one of {', '.join(PEERS)}"})
+    choice = {"peer": f"one of {', '.join(PEERS)}"}
+    options = harness.arguments(__doc__, choice, nearest=f"{' and '.join(NEAREST)}")
     if options.peer not in (None, *PEERS):
         sys.exit(f"`--peer` must be one of {', '.join(PEERS)}; got {options.peer!r}.")
     facts = harness.card()
     harness.print_card(__doc__, facts)
     installed = (f"{name} {version or 'not installed'}" for name, version in versions().items())
     print("peers    ", ", ".join(installed), end="\n\n")
-    names = [options.peer] if options.peer else list(PEERS)
+    names = [options.peer] if options.peer else NEAREST if options.nearest else list(PEERS)
     print("How many times as fast haq is:")
     with tempfile.TemporaryDirectory() as folder:
         process = Process(Path(folder), options)
@@ -201,7 +204,7 @@ def main() -> None:
     targets = targets_of(rows)
     if not options.peer:
         harness.write_speed(
-            "peers",
+            "peers_nearest" if options.nearest else "peers",
             facts,
             prompt=PROMPT,
             peers=versions(),
