@@ -65,7 +65,7 @@ def expected(
     integers = tokens.integers.numpy().astype(np.int64)
     weight, scale = packed.unpack(), packed.scale
     sums = integers @ weight.numpy().astype(np.int64).T
-    result = sums.astype(np.float32) * scale.numpy()
+    result = sums.astype(np.float32) * scale.numpy().T
     if tokens.shift is not None:
         added = tokens.shift.double().numpy() * row_sums(weight, scale).double().numpy()
         result = (result.astype(np.float64) + added).astype(np.float32)  # One rounding.
@@ -88,7 +88,7 @@ def test_every_processor_gives_the_same_bits(
     count, columns, rows = shape
     packed, bias = random_weight(rows, columns), torch.randn(rows, generator=generator)
     x = torch.randn(count, columns, generator=generator) / 64
-    sums = row_sums(packed.unpack(), packed.scale.view(-1, 1)) if asymmetric else None
+    sums = row_sums(packed.unpack(), packed.scale) if asymmetric else None
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         values = (x + 0.01 * asymmetric).to(dtype)
         result = packed.linear(values, bias, sums)
@@ -156,9 +156,23 @@ def test_tokens_that_do_not_lie_in_a_row(generator: torch.Generator) -> None:
     assert_same_bits(packed.linear(x, None, None), reference.view(3, 2, 11))
 
 
+def test_scales_and_biases_that_do_not_lie_in_a_row(generator: torch.Generator) -> None:
+    scale = (torch.rand(14, 1, generator=generator) + 0.01)[::2]
+    packed = LlvmWeight(random_weight(7, 24).unpack(), scale)
+    bias = torch.ones(1).expand(7)
+    x = torch.randn(2, 24, generator=generator)
+    assert_same_bits(packed.linear(x, bias, None), expected(x, packed, bias, False, x.dtype))
+
+
+def test_tokens_of_another_device() -> None:
+    message = r"must be on the CPU, where the layer is, got one on meta. Move the input, or the"
+    with pytest.raises(RuntimeError, match=message):
+        random_weight(3, 8).linear(torch.ones(1, 8, device="meta"), None, None)
+
+
 def test_nan_in_a_token_with_a_zero_point(generator: torch.Generator) -> None:
     packed, x = random_weight(11, 40), torch.randn(3, 40, generator=generator)
-    sums = row_sums(packed.unpack(), packed.scale.view(-1, 1))
+    sums = row_sums(packed.unpack(), packed.scale)
     reference = packed.linear(x, None, sums)
     x[1, 39] = torch.nan  # Where no register is full.
     result = packed.linear(x, None, sums)

@@ -98,3 +98,17 @@ def test_arguments_are_not_written_to() -> None:
     before = [tensor.clone() for tensor in tensors]
     attend(*tensors, torch.ones(1, 1, 1, 5, dtype=torch.bool), None)
     assert all(torch.equal(now, then) for now, then in zip(tensors, before, strict=True))
+
+
+def test_gradients_flow() -> None:
+    query, key = torch.randn(1, 2, 1, 16, requires_grad=True), torch.randn(1, 2, 9, 16)
+    twin = query.detach().clone().requires_grad_()
+    attend(query, key, key, None, None).square().sum().backward()
+    torch.nn.functional.scaled_dot_product_attention(twin, key, key).square().sum().backward()
+    torch.testing.assert_close(query.grad, twin.grad)
+
+
+def test_a_mask_of_another_device_is_refused() -> None:
+    query, key = torch.randn(1, 2, 1, 16), torch.randn(1, 2, 9, 16)
+    with pytest.raises(RuntimeError):
+        attend(query, key, key, torch.ones(1, 1, 1, 9, dtype=torch.bool, device="meta"), None)

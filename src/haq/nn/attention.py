@@ -37,7 +37,7 @@ def attend(
         tensor([[[[1.0000e+00, 5.3802e-32]]]])
     """
     query = query.float() * (query.shape[-1] ** -0.5 if scale is None else scale)
-    if not torch.compiler.is_compiling() and _in_one_call(query, key, value):
+    if not torch.compiler.is_compiling() and _in_one_call(query, key, value, mask):
         return _attend_in_one_call(query, key, value, mask)
     batch, heads, _, size = query.shape
     groups, tokens = key.shape[1:3]
@@ -59,10 +59,14 @@ def attend(
     return result.view(batch, heads, 1, -1)
 
 
-def _in_one_call(query: Tensor, key: Tensor, value: Tensor) -> bool:
+def _in_one_call(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
     """Whether LLVM's kernel can attend to these."""
-    plain = query.device.type == "cpu" and key.dtype == value.dtype and key.dtype in TYPES
-    return plain and key.stride(-1) == value.stride(-1) == 1 and matmul.compiles()
+    inputs = (query, key, value)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
+        return False
+    here = all(tensor.is_cpu for tensor in inputs) and (mask is None or mask.is_cpu)
+    plain = key.dtype == value.dtype and key.dtype in TYPES
+    return here and plain and key.stride(-1) == value.stride(-1) == 1 and matmul.compiles()
 
 
 def _attend_in_one_call(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:

@@ -50,7 +50,7 @@ class LlvmWeight:
 
     def __init__(self, weight: Tensor, scale: Tensor) -> None:
         check()
-        self.weight, self.scale = weight, scale.contiguous().view(-1)
+        self.weight, self.scale = weight, scale
         self.sums = self._row_sums()
 
     def product(self, rounded: Tensor) -> Tensor:
@@ -123,9 +123,17 @@ def products(
 
     Returns:
         ``[..., N]``.
+
+    Raises:
+        RuntimeError: the tokens are not in the CPU's memory.
     """
     from haq.int8.llvm import compiler, kernels
 
+    if not tokens.is_cpu:  # A kernel would read what is at this address there.
+        raise RuntimeError(
+            f"The input must be on the CPU, where the layer is, got one on {tokens.device}. Move "
+            "the input, or the model: `model.to(device)`."
+        )
     if tokens.dtype not in TYPES:
         tokens = tokens.float()
     tokens = tokens.contiguous()
@@ -144,11 +152,12 @@ def products(
     pieces = _pieces(few, rows, stride, torch.get_num_threads())
     places = [tokens.data_ptr(), count, width, integers, stride, scales, scales + 4 * count]
     places += [out.data_ptr(), rows, *pieces, 0, len(groups)]
-    first = 0
+    first, held = 0, []  # Copies live until the kernel has read them.
     for weight, number, bias, row_sums in groups:
         # Asked anew: a tensor that goes to another process moves into memory that is shared.
         parts = weight.weight, weight.scale, weight.sums, bias, row_sums
-        places += [*map(_address, parts), first, first + number]
+        held.append([None if part is None else part.contiguous() for part in parts])
+        places += [*map(_address, held[-1]), first, first + number]
         first += number
     compiler.run(_module, kind, places)
     return out if target is dtype else out.to(dtype)
