@@ -1,7 +1,7 @@
 """A whole product as one function: tokens to integers, integers to sums, sums to outputs.
 
-Threads take pieces of the work as they finish others: one that is disturbed takes fewer, and nobody
-waits for it longer than a piece lasts.
+Threads take pieces of the work as they finish others, so that a slower one takes fewer. All wait
+for each other twice, after the rounding and at the end: one that does not run at all holds all up.
 """
 
 from collections.abc import Mapping
