@@ -115,13 +115,11 @@ class _FusedNorm:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         assert isinstance(self, nn.Module)
         if len(args) == 1 and not kwargs and _runs_here(self, args[0]):
-            if args[0].device.type == "cpu":
-                state: _State = vars(self)[_STATE]
-                known = not state.norm.centered and args[0].dtype in _DTYPES_OF_CPU
-                if known and matmul.compiles():
-                    return _run_on_cpu(state.norm, self, args[0])
-            elif (kernels := _kernels(args[0].device.type)) is not None:
+            if (kernels := _kernels(args[0].device.type)) is not None:
                 return _run(kernels, self, args[0])
+            state: _State = vars(self)[_STATE]
+            if _runs_on_cpu(state.norm, args[0]):
+                return _run_on_cpu(state.norm, self, args[0])
         return super().forward(*args, **kwargs)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -166,6 +164,11 @@ def _runs_here(module: nn.Module, x: Any) -> bool:
         return False
     trains = x.requires_grad or any(p.requires_grad for p in parameters)
     return x.shape[-1:] == parameters[0].shape and not (trains and torch.is_grad_enabled())
+
+
+def _runs_on_cpu(norm: Norm, x: Tensor) -> bool:
+    known = not norm.centered and x.dtype in _DTYPES_OF_CPU
+    return known and x.device.type == "cpu" and matmul.compiles()
 
 
 def _run_on_cpu(norm: Norm, module: nn.Module, x: Tensor) -> Tensor:
