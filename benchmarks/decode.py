@@ -62,6 +62,7 @@ PARTS = [
     ("haq.int8.cpu", "OneDnnWeight.product", "products"),
     ("haq.int8.signs", "SignedRowsWeight.product", "products"),
     ("torch.nn", "Linear.forward", "head in bfloat16"),
+    ("haq.nn.kept", "_run", "head in bfloat16"),
     ("haq.model.attention", "attend", "attention"),
     ("haq.nn.norms", "_run_on_cpu", "norms"),
     (f"{MODELING}.llama.modeling_llama", "LlamaRMSNorm.forward", "norms"),

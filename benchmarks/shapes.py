@@ -23,7 +23,6 @@ from transformers import (
     PreTrainedModel,
 )
 
-from haq.model.attention import use_fast_attention
 from haq.model.experts import (
     Activation,
     dense_layers,
@@ -31,7 +30,8 @@ from haq.model.experts import (
     fused_matrices,
     is_experts,
 )
-from haq.nn import Int8Experts, Int8Linear, norms
+from haq.model.fast import use_fast_parts
+from haq.nn import Int8Experts, Int8Linear
 
 PROMPT, LONG_PROMPT = 128, 512
 VOCABULARY = 32000
@@ -139,9 +139,7 @@ def int8_copy(model: PreTrainedModel) -> PreTrainedModel:
             replaced[name] = Int8Linear.from_float(linear.weight, asymmetric=down)
         for name, module in replaced.items():
             block.set_submodule(name, module)
-    use_fast_attention(copied)
-    if norms.may_run(copied.dtype):
-        norms.fuse_norms(copied)
+    use_fast_parts(copied)
     return copied
 
 

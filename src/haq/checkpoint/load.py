@@ -15,11 +15,11 @@ from haq.checkpoint.files import TensorFiles, read_json
 from haq.checkpoint.fill import check_headers, fill
 from haq.checkpoint.format import FORMAT_VERSION, HAQ_FILE, check_entry, stored_tensors
 from haq.devices import checked_device
-from haq.model.attention import use_fast_attention
 from haq.model.experts import Activation, is_fused_experts, unfused_shapes
+from haq.model.fast import use_fast_parts
 from haq.model.linears import bias_view, is_linear, weight_view
 from haq.model.published import Piece, published_pieces, skeleton
-from haq.nn import Int8Experts, Int8Linear, norms
+from haq.nn import Int8Experts, Int8Linear
 from haq.offload.budget import parse_memory
 from haq.offload.offloader import ExpertOffloader
 from haq.quantization.guard import guard
@@ -97,9 +97,7 @@ def from_pretrained(
     if dtype is not None:
         model.config.dtype = dtype
     guard(model)
-    use_fast_attention(model)
-    if norms.may_run(model.dtype):  # Elsewhere a fused norm is the same as any.
-        norms.fuse_norms(model)
+    use_fast_parts(model)
     if report is not None:
         attach_report(model, report)
     if gpu_memory is not None:

@@ -1,10 +1,8 @@
 """Norms by one kernel, which on a GPU also rounds what they give for the int8 layers behind them.
 
 A norm of `transformers` is half a dozen operations, and on a GPU the layers behind it begin with
-one more launch, to round its result. `fuse_norms` makes one of all that. Nothing else changes: a
-fused norm has the parameters, the names, the class name and, for ``isinstance``, the class that it
-had. Where no kernels run, in training, under autocast or in compiled code, it does what it did
-before; copies and pickles of it are fused norms.
+one more launch, to round its result. `fuse_norms` makes one of all that. Nothing else changes: see
+`haq.nn.swapped`.
 
 What a norm's readers need is seen when they read: for whom nobody rounds, nothing is.
 """
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 from haq.int8 import cuda, matmul
 from haq.int8.norm import Norm
 from haq.nn.formulas import recognized
+from haq.nn.swapped import Swapped, computes, swap, swap_back
 
 # Where the kernels may run.
 _DEVICE_TYPES = ("cpu", "cuda")
@@ -73,8 +72,7 @@ def fuse_norms(model: nn.Module) -> int:
         if not isinstance(module, _FusedNorm):
             norm = recognized(module)
             if norm is not None:
-                original: Any = type(module)
-                module.__class__ = _fused_class(original)
+                swap(module, _FusedNorm)
                 vars(module)[_STATE] = _State(norm)
     return sum(isinstance(module, _FusedNorm) for module in model.modules())
 
@@ -99,19 +97,11 @@ def unfuse_norms(model: nn.Module) -> None:
     """
     for module in model.modules():
         if isinstance(module, _FusedNorm):
-            module.__class__ = type(module).haq_original
+            swap_back(module)
             del vars(module)[_STATE]
 
 
-class _FusedNorm:
-    """What a fused norm has before the class that it was.
-
-    Attributes:
-        haq_original: that class.
-    """
-
-    haq_original: type[Any]
-
+class _FusedNorm(Swapped):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         assert isinstance(self, nn.Module)
         if len(args) == 1 and not kwargs and _runs_here(self, args[0]):
@@ -121,24 +111,6 @@ class _FusedNorm:
             if _runs_on_cpu(state.norm, args[0]):
                 return _run_on_cpu(state.norm, self, args[0])
         return super().forward(*args, **kwargs)  # type: ignore[misc]
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        reduced = super().__reduce_ex__(protocol)
-        assert isinstance(reduced, tuple)
-        return (_restored, (type(self).haq_original,), *reduced[2:])
-
-
-@functools.cache
-def _fused_class(original: Any) -> Any:
-    names = ("__module__", "__qualname__", "__doc__")
-    content = {name: getattr(original, name) for name in names} | {"haq_original": original}
-    return type(original.__name__, (_FusedNorm, original), content)
-
-
-def _restored(original: Any) -> Any:
-    """An empty fused norm, for copies and pickles."""
-    fused = _fused_class(original)
-    return fused.__new__(fused)
 
 
 @functools.cache
@@ -154,16 +126,11 @@ def _kernels(device_type: str) -> ModuleType | None:
 
 def _runs_here(module: nn.Module, x: Any) -> bool:
     """Whether a kernel can do what the module would do with ``x``."""
-    if torch.compiler.is_compiling():  # The compiler fuses norms by itself.
-        return False
     if not isinstance(x, Tensor) or x.device.type not in _DEVICE_TYPES or x.dtype not in _DTYPES:
         return False
-    parameters = [p for p in module._parameters.values() if p is not None]
-    alike = all((p.dtype, p.device) == (x.dtype, x.device) for p in parameters)
-    if not alike or torch.is_autocast_enabled(x.device.type):
-        return False
-    trains = x.requires_grad or any(p.requires_grad for p in parameters)
-    return x.shape[-1:] == parameters[0].shape and not (trains and torch.is_grad_enabled())
+    weight = module._parameters["weight"]
+    assert weight is not None
+    return x.shape[-1:] == weight.shape and computes(module, x)
 
 
 def _runs_on_cpu(norm: Norm, x: Tensor) -> bool:

@@ -9,13 +9,13 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from haq.config import QuantizationConfig
-from haq.model.attention import use_fast_attention
 from haq.model.blocks import BlockBatch, BlockInputs, capture_block_inputs, run_block
 from haq.model.experts import fused_experts, routers, unknown_weights
+from haq.model.fast import use_fast_parts
 from haq.model.heads import write_at_once
 from haq.model.linears import linears
 from haq.model.tail import Route, tail_batches
-from haq.nn import Int8Linear, norms
+from haq.nn import Int8Linear
 from haq.quantization.block import quantize_block
 from haq.quantization.guard import guard, unguard
 from haq.quantization.head import quantize_head
@@ -124,9 +124,7 @@ def quantize_model(
         raise
     finally:
         model.train(training)
-    use_fast_attention(model)
-    if norms.may_run(model.dtype):  # Elsewhere a fused norm is the same as any.
-        norms.fuse_norms(model)
+    use_fast_parts(model)
     return model
 
 

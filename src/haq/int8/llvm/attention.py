@@ -18,6 +18,7 @@ from haq.int8.llvm.words import (
     Value,
     constant,
     lanes_of,
+    multiply_add,
     number,
     parts,
     spread,
@@ -135,7 +136,7 @@ class _Head:
                 with code.loop(start, stop, lanes) as index:
                     a = code.read(self.query, index, FLOAT, lanes)
                     b = floats.read(code, self.kind, key, index, lanes)
-                    code.store(_multiply_add(code, a, b, code.value(here, kind)), here)
+                    code.store(multiply_add(code, a, b, code.value(here, kind)), here)
                 sums.append(total(code, code.value(here, kind)))
             score = code.fadd(*sums)
             if masked:
@@ -170,14 +171,10 @@ class _Head:
             weight = spread(code, code.read(self.scores, token, FLOAT), lanes)
             for each, place in zip(sums, places, strict=True):
                 numbers = floats.read(code, self.kind, value, place, lanes)
-                code.store(_multiply_add(code, weight, numbers, code.value(each, kind)), each)
+                code.store(multiply_add(code, weight, numbers, code.value(each, kind)), each)
         for each, place in zip(sums, places, strict=True):
             result = code.fmul(code.value(each, kind), spread(code, inverse, lanes))
             floats.write(code, self.kind, result, self.out, place)
-
-
-def _multiply_add(code: Code, a: Value, b: Value, c: Value) -> Value:
-    return code.intrinsic(f"llvm.fma.{suffix(a.type)}", a.type, a, b, c)
 
 
 # The series of e^r for r in [-ln(2)/2, ln(2)/2].
@@ -199,10 +196,10 @@ def _exponential(code: Code, value: Value) -> Value:
     power = code.select(nothing, constant(kind, 0.0), power)
     rest = value
     for part in _LOG_2:
-        rest = _multiply_add(code, power, constant(kind, -part), rest)
+        rest = multiply_add(code, power, constant(kind, -part), rest)
     result = constant(kind, _SERIES[-1])
     for coefficient in reversed(_SERIES[:-1]):
-        result = _multiply_add(code, result, rest, constant(kind, coefficient))
+        result = multiply_add(code, result, rest, constant(kind, coefficient))
     integers = vector(I32, lanes_of(kind))
     exponent = code.add(code.fptosi(power, integers), number(127, integers))
     scale = code.bitcast(code.shl(exponent, number(23, integers)), kind)

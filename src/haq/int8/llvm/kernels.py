@@ -60,7 +60,8 @@ def tile_of(dots: Dots) -> tuple[int, int]:
 def _narrow(dots: Dots) -> list[Tile]:
     """For rows one by one: the fewer tokens, the more of a row at once."""
     most = max(FEW, tile_of(dots)[1])
-    return [Tile(1, tokens, max(1, 4 // tokens)) for tokens in range(1, most + 1)]
+    sums = dots.registers // 4
+    return [Tile(1, tokens, max(1, sums // tokens)) for tokens in range(1, most + 1)]
 
 
 def _wide(dots: Dots) -> list[Tile]:
@@ -118,7 +119,7 @@ def _define_run(
     call = Told(code, base, CALL)
     _round_all(code, call, round_token, dots, source)
     threads.wait_for_all(code)
-    taken = code.variable(I64, _take(code, call))
+    taken = code.variable(I64, threads.take(code, call.place("counter"), number(1)))
     before = code.variable(I64, number(0))  # Items of the groups before.
     with code.loop(number(0), call["groups"]) as index:
         place = code.add(number(len(CALL)), code.mul(index, number(len(GROUP))))
@@ -141,11 +142,6 @@ def _round_all(code: Code, call: Told, round_token: Value, dots: Dots, source: T
         code.call(round_token, [values, width, places, *of_token])
 
 
-def _take(code: Code, call: Told) -> Value:
-    """The number of the next piece of the work."""
-    return code.atomic_rmw("add", call.place("counter"), number(1), "monotonic")
-
-
 def _work_on(
     code: Code, call: Told, base: Value, group: Value, item: Value, taken: Value, before: Value
 ) -> None:
@@ -164,7 +160,7 @@ def _work_on(
         to_row = code.smaller(rows, code.add(row, chunk))
         to_token = code.smaller(last, code.add(token, block))
         code.call(item, [base, group, row, to_row, token, to_token])
-        code.store(_take(code, call), taken)
+        code.store(threads.take(code, call.place("counter"), number(1)), taken)
     code.store(end, before)
 
 

@@ -1,7 +1,9 @@
 """The threads that kernels run on: torch's own. Others would fight with them for the cores."""
 
+import contextlib
 import ctypes
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 
 import llvmlite.binding as llvm
@@ -24,6 +26,31 @@ def number_and_count(code: Code) -> tuple[Value, Value]:
     """Which thread this is, and how many there are."""
     number, count = (code.call(_function(code, name, I32), []) for name in (_THREAD, _THREADS))
     return code.sext(number, I64), code.sext(count, I64)
+
+
+def take(code: Code, counter: Value, size: Value) -> Value:
+    """What a counter, by its address, has reached; for all other threads it has gone on."""
+    return code.atomic_rmw("add", counter, size, "monotonic")
+
+
+@contextlib.contextmanager
+def pieces(code: Code, counter: Value, size: Value, stop: Value) -> Iterator[tuple[Value, Value]]:
+    """What is written inside happens, in whichever thread is free, for all pieces up to ``stop``.
+
+    Args:
+        code: what is inside is written to.
+        counter: the address of a counter that begins with 0.
+        size: of a piece.
+        stop: where the last one ends.
+
+    Yields:
+        Where a piece begins and ends.
+    """
+    start = code.variable(I64, take(code, counter, size))
+    with code.repeat(lambda: code.icmp_signed("<", code.value(start, I64), stop)):
+        here = code.value(start, I64)
+        yield here, code.smaller(stop, code.add(here, size))
+        code.store(take(code, counter, size), start)
 
 
 def _function(code: Code, name: str, result: object) -> Value:

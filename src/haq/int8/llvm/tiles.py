@@ -12,16 +12,13 @@ from haq.int8.llvm.words import (
     I32,
     I64,
     POINTER,
-    VOID,
     Code,
     Value,
     number,
+    prefetch,
     suffix,
     vector,
 )
-
-# How far ahead of a product its weight is asked for, and how much comes at once, in bytes.
-_AHEAD, _LINE = 1024, 64
 
 
 @dataclass(frozen=True)
@@ -106,8 +103,9 @@ class _Product:
         in_steps = code.and_(width, number(-lanes * steps))
         whole = code.and_(width, number(-lanes))
         with code.loop(number(0), in_steps, lanes * steps) as start:
-            if self.tile.rows == 1:
-                self._prefetch(weights, start)
+            if self.tile.rows == 1:  # Beyond the end of a row there is the next one.
+                here = code.address(weights[0], start, I8)
+                prefetch(code, here, lanes * steps, self.dots.ahead)
             for step in range(steps):
                 index = code.add(start, number(lanes * step))
                 self._add(weights, inputs, index, [each[step] for each in sums])
@@ -118,15 +116,6 @@ class _Product:
         with code.loop(whole, width) as index:
             self._add_single(weights, inputs, index, totals)
         return [code.value(total, I32) for total in totals]
-
-    def _prefetch(self, weights: Sequence[Value], start: Value) -> None:
-        """Ask for what comes next of the weight, beyond the end of a row: there is the next one."""
-        code = self.code
-        hints = [number(hint, I32) for hint in (0, 3, 1)]  # To be read, often, data.
-        for row in weights:
-            for line in range(0, self.tile.steps * self.dots.lanes, _LINE):
-                address = code.address(row, code.add(start, number(_AHEAD + line)), I8)
-                code.intrinsic("llvm.prefetch.p0", VOID, address, *hints)
 
     def _add(
         self, weights: Sequence[Value], inputs: Sequence[Value], index: Value, sums: Sequence[Value]

@@ -123,6 +123,23 @@ def total(code: Code, value: Value) -> Value:
     return function
 
 
+def multiply_add(code: Code, a: Value, b: Value, c: Value) -> Value:
+    """``a * b + c`` of float32, rounded once."""
+    return code.intrinsic(f"llvm.fma.{suffix(a.type)}", a.type, a, b, c)
+
+
+# Of the cache, in bytes.
+_LINE = 64
+
+
+def prefetch(code: Code, address: Value, length: int, ahead: int) -> None:
+    """Ask for as many bytes as are read from an address on, but so many bytes ahead of them."""
+    hints = [number(hint, I32) for hint in (0, 3, 1)]  # To be read, often, data.
+    for line in range(0, length if ahead else 0, _LINE):
+        place = code.address(address, number(ahead + line), I8)
+        code.intrinsic("llvm.prefetch.p0", VOID, place, *hints)
+
+
 def number(value: int, kind: Type = I64) -> Value:
     """An integer, or a vector of it."""
     return constant(kind, value)
