@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from haq.int8 import matmul
-from haq.int8.llvm import compiler, kernels, threads, weight
+from haq.int8.llvm import compiler, halves, kernels, threads, weight
 from haq.int8.llvm.dots import Dots, FoursOfBytes, PairsOfWords, best_of
 from haq.int8.llvm.kernels import Kind
 from haq.int8.llvm.weight import LlvmWeight, Rows, products
@@ -266,3 +266,34 @@ print(layer.backend, haq.backends()[0].reason)
     name, _, reason = ran.stdout.strip().partition(" ")
     assert name != "llvm"
     assert reason == 'not available here: llvmlite is not installed: pip install "haq[cpu]"'
+
+
+# --- A layer in 16 bits ---------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("rows", "width", "biased"), [(1, 1, True), (33, 50, False), (7, 129, True), (301, 2113, True)]
+)
+def test_a_layer_in_16_bits(
+    rows: int, width: int, biased: bool, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    x, weight, bias = (
+        torch.randn(*size, generator=generator).to(dtype)
+        for size in ((1, width), (rows, width), (rows,))
+    )
+    exact = x.double() @ weight.double().T + biased * bias.double()
+    result = halves.linear(x, weight, bias if biased else None)
+    assert result.dtype == dtype
+    unit = torch.finfo(dtype).eps / 2  # Rounded to nearest; then float32's sums.
+    torch.testing.assert_close(result.double(), exact, rtol=unit, atol=1e-6 * width**0.5)
+
+
+@pytest.mark.usefixtures("way")
+def test_nan_and_infinity_in_a_layer_in_16_bits() -> None:
+    weight = torch.ones(4, 40).bfloat16()
+    weight[1, 39], weight[2, 3] = torch.nan, torch.inf
+    result = halves.linear(torch.ones(40).bfloat16(), weight, None)
+    assert result[[0, 2, 3]].tolist() == [40, torch.inf, 40]
+    assert result.isnan().tolist() == [False, True, False, False]

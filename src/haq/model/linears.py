@@ -7,6 +7,8 @@ the transpose; this is the only file that knows.
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from haq.nn.swapped import original_class
+
 
 def is_linear(module: nn.Module) -> bool:
     """Whether ``module`` computes exactly ``x @ W.T + b`` with a float weight.
@@ -14,7 +16,7 @@ def is_linear(module: nn.Module) -> bool:
     Subclasses that compute something else (adapters, other quantizers' layers) are not linear here:
     replacing them would lose what they add.
     """
-    plain = type(module).forward in (nn.Linear.forward, Conv1D.forward)
+    plain = original_class(module).forward in (nn.Linear.forward, Conv1D.forward)
     return plain and weight_of(module).is_floating_point()
 
 

@@ -48,6 +48,11 @@ def swap_back(module: nn.Module) -> None:
     module.__class__ = type(module).haq_original
 
 
+def original_class(module: nn.Module) -> type[Any]:
+    """The class of a module, that of before if it is swapped."""
+    return type(module).haq_original if isinstance(module, Swapped) else type(module)
+
+
 def computes(module: nn.Module, x: Tensor) -> bool:
     """Whether a kernel that knows no gradients can do what a module would do with ``x``.
 

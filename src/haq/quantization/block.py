@@ -8,6 +8,7 @@ from haq.config import QuantizationConfig
 from haq.memory import give_back
 from haq.model.blocks import BlockBatch, evenly_spread
 from haq.model.groups import find_groups
+from haq.model.probe import shortened
 from haq.nn import Int8Experts, Int8Linear
 from haq.processes import ALONE, Processes
 from haq.quantization.experts import nearest_errors
@@ -47,8 +48,9 @@ def quantize_block(
     give_back()
     some = evenly_spread(batches, config.search_tokens)
     sample = [batch.float() for batch in some]
-    groups = find_groups(work.block, sample[0])
-    work.check_weights_are_only_multiplied(groups, sample[0])
+    probe = shortened(work.block, sample[0])
+    groups = find_groups(work.block, probe)
+    work.check_weights_are_only_multiplied(groups, probe)
     routed = work.routed_inputs(sample)
     plain = work.output_errors(work.round_to_nearest(), sample)
     plain_experts = {n: nearest_errors(e, routed[n], config) for n, e in work.experts.items()}
@@ -56,7 +58,7 @@ def quantize_block(
     statistics = work.channel_statistics(groups, batches)
     for group in groups:
         give_back()
-        work.smooth(group, statistics[group.consumers], sample)
+        work.smooth(group, statistics[group.consumers], sample, probe)
 
     work.choose_zero_points(groups, sample)
     give_back()

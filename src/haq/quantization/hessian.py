@@ -161,7 +161,31 @@ def _reversed_root(matrix: Tensor, diagonal: Tensor) -> Tensor | None:
 
 def _inverse_of_reversed(lower: Tensor) -> Tensor:
     """``J L^-1 J``. ``lower`` is used up."""
-    inverse = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
-    torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+    inverse = torch.zeros_like(lower, memory_format=torch.contiguous_format)
+    _invert(lower, inverse)
     lower.untyped_storage().resize_(0)
     return inverse.flip(0, 1)
+
+
+# So large a triangle is inverted as a whole.
+_WHOLE = 512
+
+
+def _invert(lower: Tensor, inverse: Tensor) -> None:
+    """Write the inverse of a lower triangle to zeros.
+
+    By halves, ``[[A, 0], [C, B]]^-1 = [[A^-1, 0], [-B^-1 C A^-1, B^-1]]``, which computes nothing
+    above the diagonal: a third of what solving for the identity does.
+    """
+    half = len(lower) // 2
+    if len(lower) <= _WHOLE:
+        identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+        inverse.copy_(torch.linalg.solve_triangular(lower, identity, upper=False))
+        return
+    first, last = slice(half), slice(half, None)
+    below = torch.linalg.solve_triangular(lower[last, last], lower[last, first], upper=False)
+    left = lower[first, first]
+    inverse[last, first] = torch.linalg.solve_triangular(left, below, upper=False, left=False)
+    inverse[last, first].neg_()
+    for part in (first, last):
+        _invert(lower[part, part], inverse[part, part])

@@ -8,8 +8,8 @@ searched: every candidate is judged by the error it leaves in what the block com
 input, with both quantizers at work. The best one is then folded (`haq.model.producers.fold`).
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -18,16 +18,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from haq.int8 import grid
+from haq.int8 import grid, matmul
 from haq.memory import give_back
 from haq.model.blocks import BlockBatch, first_tensor, run_block, token_rows
 from haq.model.experts import Expert, ExpertList, input_matrices
 from haq.model.groups import Group
 from haq.model.linears import bias_view, weight_view
+from haq.nn import Int8Linear
 from haq.processes import Processes
 
 # Exponents alpha of s = a^alpha / w^(1 - alpha). Below 0.3 hardly anything moves.
 _STRENGTHS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+
+# Of a weight that is put on the grid: as much as a core's cache holds.
+_ROWS_AT_ONCE = 32
 
 # A channel is not amplified beyond this fraction of the median of a * w: it is too small to matter,
 # and following it would only spoil the range of the others.
@@ -233,19 +237,26 @@ class _ScopeCall:
     mask: Tensor
 
 
+class _Seen(Exception):
+    """Ends a pass through a block where the scope has run."""
+
+
 def _record_scope(block: nn.Module, scope: str, sample: Sequence[BlockBatch]) -> list[_ScopeCall]:
+    """The scope's first call in each batch; what comes after it in the block does not run."""
     calls: list[_ScopeCall] = []
 
     def note(
         mask: Tensor, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         calls.append(_ScopeCall(args, kwargs, first_tensor(output), mask))
+        raise _Seen
 
     for batch in sample:
         module = block.get_submodule(scope)
         handle = module.register_forward_hook(partial(note, batch.mask), with_kwargs=True)
         try:
-            run_block(block, batch)
+            with contextlib.suppress(_Seen):
+                run_block(block, batch)
         finally:
             handle.remove()
     return calls
@@ -274,7 +285,7 @@ class _Trial:
                 for c in self.calls
             )
 
-    @contextmanager
+    @contextlib.contextmanager
     def _quantized(self, scale: Tensor) -> Iterator[None]:
         originals = {name: self.block.get_submodule(name) for name in self.targets}
         try:
@@ -300,6 +311,8 @@ def _simulated(module: nn.Module, scale: Tensor) -> nn.Module:
 class _SimulatedInt8(nn.Module):
     """A linear with its input divided by s, its weight multiplied by s, and both on the grid.
 
+    Where the int8 product is the fast one it is what runs, else float32 with the same values.
+
     Args:
         linear: the linear in float32.
         scale: s, float32 ``[K]``.
@@ -310,15 +323,25 @@ class _SimulatedInt8(nn.Module):
         super().__init__()
         self._linear = (linear,)  # in a tuple, not to be a submodule
         self._scale = scale
-        self._weight = self._on_the_grid() if keep else None
+        self._multiply = self._made() if keep else None
 
     def forward(self, inputs: Tensor) -> Tensor:
-        quantized = grid.fake_quantize_rows_(inputs * (1 / self._scale))
-        weight = self._weight
-        if weight is None:
+        multiply = self._multiply
+        if multiply is None:
             give_back()
-            weight = self._on_the_grid()
-        return functional.linear(quantized, weight, bias_view(self._linear[0]))
+            multiply = self._made()
+        return multiply(inputs * (1 / self._scale))
 
-    def _on_the_grid(self) -> Tensor:
-        return grid.fake_quantize_rows_(weight_view(self._linear[0]) * self._scale)
+    def _made(self) -> Callable[[Tensor], Tensor]:
+        weight, bias = weight_view(self._linear[0]), bias_view(self._linear[0])
+        if weight.is_cpu and matmul.compiles():
+            return Int8Linear(*_quantized(weight, self._scale), bias)
+        on_the_grid = grid.fake_quantize_rows_(weight * self._scale)
+        return lambda x: functional.linear(grid.fake_quantize_rows_(x), on_the_grid, bias)
+
+
+def _quantized(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """``weight * scale`` on the grid, never there as a whole: each part stays in the cache."""
+    parts = [grid.quantize_rows(rows * scale) for rows in weight.split(_ROWS_AT_ONCE)]
+    integers, scales = zip(*parts, strict=True)
+    return torch.cat(integers), torch.cat(scales)

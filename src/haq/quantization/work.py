@@ -79,7 +79,7 @@ class BlockWork:
         self.linears = {n: m for n, m in dense_layers(self.block).items() if n not in excluded}
         self.notes = {n: Notes() for n in (*self.linears, *self.experts)}
         self.asymmetric: set[str] = set()
-        # Of the sample's first batch, with all that was folded so far.
+        # What the probe gives, with all that was folded so far.
         self._output: Tensor | None = None
 
     @property
@@ -131,9 +131,20 @@ class BlockWork:
         return statistics
 
     def smooth(
-        self, group: Group, statistics: ChannelStatistics, sample: Sequence[BlockBatch]
+        self,
+        group: Group,
+        statistics: ChannelStatistics,
+        sample: Sequence[BlockBatch],
+        probe: BlockBatch,
     ) -> None:
-        """Choose a scale for the group's input and fold it, or leave the group as it is."""
+        """Choose a scale for the group's input and fold it, or leave the group as it is.
+
+        Args:
+            group: one of the block's.
+            statistics: of its input.
+            sample: what the choice is judged on.
+            probe: what has to come out of the block unchanged.
+        """
         targets = [name for name in group.consumers if name in self.notes]
         for name in targets:
             self.notes[name].tokens = statistics.tokens
@@ -155,13 +166,13 @@ class BlockWork:
             powers_of_two=bool(group.routers) and self.dtype != torch.float32,
         )
         if self._output is None:
-            self._output = run_block(self.block, sample[0])
+            self._output = run_block(self.block, probe)
         dtype = self.original.get_parameter(f"{group.producer.name}.weight").dtype
         undo = fold_reversibly(self.block, group.producer, group.readers, choice.scale, dtype)
-        folded = run_block(self.block, sample[0])
+        folded = run_block(self.block, probe)
         # Attention is before the router: folding into it can turn a choice, too.
         share = _SHARE_THAT_KEEPS_EXPERTS if routers(self.block) else 1.0
-        exact = same_function(sample[0].hidden, self._output, folded, share)
+        exact = same_function(probe.hidden, self._output, folded, share)
         self._output = folded if exact else None
         if not exact:
             undo()
