@@ -79,3 +79,20 @@ def test_scale_is_float32_for_every_input_dtype(dtype: torch.dtype) -> None:
 def test_nan_reaches_the_scale_of_its_row_only() -> None:
     scale = grid.row_scale(torch.tensor([[1.0, float("nan")], [1.0, 2.0]]))
     assert scale.isnan().flatten().tolist() == [True, False]
+
+
+@pytest.mark.parametrize("rows", [1, 32, 100])
+@pytest.mark.parametrize("with_factors", [False, True])
+def test_a_matrix_by_pieces(rows: int, with_factors: bool) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    weight = torch.randn(77, rows, generator=generator).T  # As a `Conv1D` has it.
+    weight[rows // 2] = 0
+    factors = torch.rand(77, generator=generator) + 0.5 if with_factors else None
+    values = weight.double().numpy() * (1 if factors is None else factors.numpy())
+    largest = np.abs(values).max(1, keepdims=True)
+    scale = np.where(largest > 0, largest / 127, 1)
+    integers, found = grid.quantize_matrix(weight, factors)
+    assert integers.is_contiguous()
+    np.testing.assert_allclose(found.numpy(), scale, rtol=1e-6)
+    # A value between two integers may round either way.
+    np.testing.assert_allclose(integers.numpy(), values / scale, rtol=0, atol=0.5 + 1e-4)

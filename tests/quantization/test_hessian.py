@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from haq.quantization import hessian as hessian_module
 from haq.quantization.hessian import SecondMoment, inverse_factor
 
 
@@ -104,6 +105,15 @@ def test_the_factor_is_that_of_the_damped_inverse(channels: int) -> None:
     product = factor.upper.numpy().T @ factor.upper.numpy()
     np.testing.assert_allclose(product, np.linalg.inv(damped), rtol=1e-9, atol=1e-12)
     assert torch.equal(hessian, before)
+
+
+def test_a_triangle_is_inverted_by_halves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hessian_module, "_WHOLE", 7)
+    hessian = second_moment(correlated_inputs(400, 100))
+    upper = inverse_factor(hessian, damping=0.01).upper
+    assert torch.equal(upper, upper.triu())
+    damped = hessian.numpy() + 0.01 * np.trace(hessian.numpy()) / 100 * np.eye(100)
+    np.testing.assert_allclose(upper.numpy().T @ upper.numpy(), np.linalg.inv(damped), rtol=1e-8)
 
 
 def test_float32_is_close_to_float64() -> None:

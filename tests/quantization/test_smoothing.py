@@ -1,6 +1,8 @@
 """Scales: the formulas in numpy, the laws they keep, and that the search finds the best of them."""
 
 import copy
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -16,9 +18,11 @@ from haq.model.blocks import BlockBatch, BlockCall
 from haq.model.experts import unfuse
 from haq.model.folding import Producer
 from haq.model.groups import Group, find_groups
+from haq.quantization import smoothing
 from haq.quantization.smoothing import (
     Candidate,
     ChannelStatistics,
+    Choice,
     candidate_scale,
     choose_scale,
     choose_scale_of_layer,
@@ -467,3 +471,34 @@ def test_one_scale_for_all_experts_is_judged_by_their_sum() -> None:
     assert errors[choice.candidate] < 0.1 * errors[Candidate("none")]
     assert dict(block.named_modules()) == modules
     torch.testing.assert_close(block.state_dict(), state, rtol=0, atol=0)
+
+
+def test_most_candidates_are_told_from_the_best_by_a_part_of_the_sample() -> None:
+    """The finalists, all the rest; and the same choice as if all had been judged on all."""
+    block, sample = Block(), [sample_of()[0]] * 2 + sample_of()
+    calls = smoothing._record_scope(block, "mlp", sample)
+    enough = int(calls[0].mask.sum()) + int(calls[1].mask.sum())
+    group, statistics = group_of(block, sample)
+    options = [
+        Choice(smoothing._group_scale(c, block, group, statistics), c) for c in search_candidates()
+    ]
+
+    class Trial(smoothing._Trial):
+        judged: ClassVar[list[tuple[int, int]]] = []
+
+        def error(self, scale: Tensor, calls: Sequence[Any]) -> float:
+            index = next(i for i, o in enumerate(options) if o.scale is scale)
+            self.judged.append((index, len(calls)))
+            return super().error(scale, calls)
+
+    trial = Trial(block, group.scope, group.consumers)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(smoothing, "_TOKENS_FOR_ALL", enough)
+        best = smoothing._best(trial, options, calls)
+    assert [count for _, count in trial.judged[: len(options)]] == [2] * len(options)
+    finalists = trial.judged[len(options) :]
+    assert [count for _, count in finalists] == [len(calls) - 2] * 3
+    errors = [smoothing._Trial.error(trial, o.scale, calls) for o in options]
+    part = [smoothing._Trial.error(trial, o.scale, calls[:2]) for o in options]
+    assert [i for i, _ in finalists] == sorted(np.argsort(part)[:3])
+    assert best is options[int(np.argmin(errors))]

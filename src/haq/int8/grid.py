@@ -85,6 +85,31 @@ def quantize_rows(values: Tensor) -> tuple[Tensor, Tensor]:
     return quantize(values, scale), scale
 
 
+# Of a matrix: as many as a core's cache holds.
+_ROWS_AT_ONCE = 32
+
+
+def quantize_matrix(weight: Tensor, factors: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`quantize_rows` of a large weight, some rows at a time: what is between stays in the cache.
+
+    Args:
+        weight: float ``[N, K]``.
+        factors: float32 ``[K]``, of its columns; None for ones.
+
+    Examples:
+        >>> quantize_matrix(torch.tensor([[1.27, -0.5]]), torch.tensor([1.0, 2.0]))
+        (tensor([[ 127, -100]], dtype=torch.int8), tensor([[0.0100]]))
+    """
+    integers = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scale = torch.empty(len(weight), 1, device=weight.device)
+    at_once = _ROWS_AT_ONCE if weight.is_cpu else max(1, len(weight))
+    for start in range(0, len(weight), at_once):
+        here = slice(start, start + at_once)
+        rows = weight[here] if factors is None else weight[here] * factors
+        integers[here], scale[here] = quantize_rows(rows)
+    return integers, scale
+
+
 def dequantize(integers: Tensor, scale: Tensor) -> Tensor:
     """The float32 values that int8 integers stand for.
 

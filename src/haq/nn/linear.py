@@ -96,10 +96,10 @@ class Int8Linear(nn.Module):
             if values is not None and not values.is_floating_point():
                 raise TypeError(f"`{name}` must be a float tensor, got {values.dtype}.")
         weight = weight.detach()
-        scale = grid.row_scale(weight)  # [N, 1], not finite where its row is not
-        _check_finite("weight", scale, "of its rows")
+        integers, scale = grid.quantize_matrix(weight)
+        _check_finite("weight", scale, "of its rows")  # As it is where the row is.
         bias = None if bias is None else bias.float()
-        return cls(grid.quantize(weight, scale), scale, bias, asymmetric=asymmetric)
+        return cls(integers, scale, bias, asymmetric=asymmetric)
 
     @property
     def weight(self) -> Tensor:

@@ -12,6 +12,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -30,8 +31,8 @@ from haq.processes import Processes
 # Exponents alpha of s = a^alpha / w^(1 - alpha). Below 0.3 hardly anything moves.
 _STRENGTHS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
-# Of a weight that is put on the grid: as much as a core's cache holds.
-_ROWS_AT_ONCE = 32
+# So many tokens judge all candidates, the rest of the sample the best of these.
+_TOKENS_FOR_ALL, _FINALISTS = 256, 3
 
 # A channel is not amplified beyond this fraction of the median of a * w: it is too small to matter,
 # and following it would only spoil the range of the others.
@@ -160,8 +161,25 @@ def choose_scale(
         options = [_rounded(option) for option in options]
     if len(options) == 1:
         return options[0]
-    trial = _Trial(block, group.scope, targets, _record_scope(block, group.scope, sample))
-    return min(options, key=lambda choice: trial.error(choice.scale))
+    calls = _record_scope(block, group.scope, sample)
+    return _best(_Trial(block, group.scope, targets), options, calls)
+
+
+def _best(trial: "_Trial", options: Sequence[Choice], calls: Sequence["_ScopeCall"]) -> Choice:
+    """The choice with the smallest error; the first of equals.
+
+    Most of them are far from it, which a part of the tokens tells.
+    """
+    tokens = list(accumulate(int(call.mask.sum()) for call in calls))
+    some = 1 + sum(count < _TOKENS_FOR_ALL for count in tokens)
+    errors = [trial.error(choice.scale, calls[:some]) for choice in options]
+    if some < len(calls):
+        nearest = sorted(range(len(options)), key=errors.__getitem__)[:_FINALISTS]
+        options = [options[i] for i in sorted(nearest)]
+        errors = [errors[i] for i in sorted(nearest)]
+        for i, choice in enumerate(options):
+            errors[i] += trial.error(choice.scale, calls[some:])
+    return options[errors.index(min(errors))]
 
 
 def _group_scale(
@@ -269,10 +287,9 @@ class _Trial:
     block: nn.Module
     scope: str
     targets: Sequence[str]
-    calls: list[_ScopeCall]
 
-    def error(self, scale: Tensor) -> float:
-        """Squared error of the scope's output over the sample's tokens."""
+    def error(self, scale: Tensor, calls: Sequence[_ScopeCall]) -> float:
+        """Squared error of the scope's output over the tokens of some calls."""
         give_back()
         with self._quantized(scale), torch.no_grad():
             scope = self.block.get_submodule(self.scope)
@@ -282,7 +299,7 @@ class _Trial:
                     .square()
                     .sum()
                 )
-                for c in self.calls
+                for c in calls
             )
 
     @contextlib.contextmanager
@@ -335,13 +352,6 @@ class _SimulatedInt8(nn.Module):
     def _made(self) -> Callable[[Tensor], Tensor]:
         weight, bias = weight_view(self._linear[0]), bias_view(self._linear[0])
         if weight.is_cpu and matmul.compiles():
-            return Int8Linear(*_quantized(weight, self._scale), bias)
+            return Int8Linear(*grid.quantize_matrix(weight, self._scale), bias)
         on_the_grid = grid.fake_quantize_rows_(weight * self._scale)
         return lambda x: functional.linear(grid.fake_quantize_rows_(x), on_the_grid, bias)
-
-
-def _quantized(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """``weight * scale`` on the grid, never there as a whole: each part stays in the cache."""
-    parts = [grid.quantize_rows(rows * scale) for rows in weight.split(_ROWS_AT_ONCE)]
-    integers, scales = zip(*parts, strict=True)
-    return torch.cat(integers), torch.cat(scales)
