@@ -1,4 +1,4 @@
-"""Int8 weights as they are, multiplied by kernels that LLVM compiles for this processor."""
+"""Int8 weights, plain, multiplied by kernels that LLVM compiles for this processor."""
 
 import functools
 from collections.abc import Sequence
@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from haq.int8.llvm.pages import in_large_pages
 
 TYPES = {torch.float32, torch.bfloat16, torch.float16}
 """What kernels read and write."""
@@ -50,7 +52,7 @@ class LlvmWeight:
 
     def __init__(self, weight: Tensor, scale: Tensor) -> None:
         check()
-        self.weight, self.scale = weight, scale
+        self.weight, self.scale = in_large_pages(weight), scale
         self.sums = self._row_sums()
 
     def product(self, rounded: Tensor) -> Tensor:
