@@ -13,10 +13,10 @@ TYPES = {torch.float32, torch.bfloat16, torch.float16}
 """What kernels read and write."""
 
 # With few tokens, bytes of a weight that a thread takes at a time, and how often it is to come
-# back at least: one that is slower then takes less. With many, rows of the weight, and bytes of
-# tokens that stay in the cache meanwhile.
+# back at least: one that is slower then takes less. With many, rows of the weight, and numbers of
+# tokens that they are multiplied with meanwhile, by the registers of the processor: measured.
 _CHUNK_BYTES, _CHUNKS_PER_THREAD = 2**18, 4
-_CHUNK_ROWS, _BLOCK_BYTES = 48, 2**18
+_CHUNK_ROWS, _BLOCK = 48, {16: 2**17, 32: 2**20}
 
 # Integers of a token begin where a line of the cache does.
 _LINE = 64
@@ -190,9 +190,11 @@ def _pieces(few: bool, rows: int, width: int, threads: int) -> tuple[int, int]:
     fair = -(-rows // (_CHUNKS_PER_THREAD * threads))
     if few:
         return max(1, min(_CHUNK_BYTES // width, fair)), kernels.FEW
-    rows_of_tile, tokens_of_tile = kernels.tile_of(compiler.dots_here())
+    dots = compiler.dots_here()
+    rows_of_tile, tokens_of_tile = kernels.tile_of(dots)
     chunk = -(-min(_CHUNK_ROWS, fair) // rows_of_tile) * rows_of_tile
-    return chunk, max(1, _BLOCK_BYTES // (2 * width) // tokens_of_tile) * tokens_of_tile
+    block = _BLOCK[dots.registers] // width // tokens_of_tile
+    return chunk, max(1, block) * tokens_of_tile
 
 
 def _address(tensor: Tensor | None) -> int:
