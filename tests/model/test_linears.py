@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from haq.model.linears import bias_view, is_linear, linears, weight_view
+from haq.nn.kept import use_fast_linears
 
 
 class Adapter(nn.Linear):
@@ -59,3 +60,9 @@ def test_integer_weights_are_not_linear() -> None:
     module = nn.Linear(2, 2)
     module.weight = nn.Parameter(torch.ones(2, 2, dtype=torch.int8), requires_grad=False)
     assert not is_linear(module)
+
+
+def test_a_linear_that_a_kernel_computes_is_one() -> None:
+    module = nn.Sequential(nn.Linear(5, 7, dtype=torch.bfloat16), Adapter(5, 7).bfloat16())
+    assert use_fast_linears(module) == 1
+    assert list(linears(module)) == ["0"]

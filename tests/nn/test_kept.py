@@ -70,6 +70,10 @@ def test_the_last_of_many_tokens_is_one(calls: list[Tensor]) -> None:
     assert len(calls) == 1
 
 
+def test_the_argument_has_its_name() -> None:
+    assert torch.equal(fast()(input=token()), fast()(token()))
+
+
 @needs_llvm
 def test_a_weight_in_another_order(calls: list[Tensor]) -> None:
     module, x = fast(), token()

@@ -38,11 +38,11 @@ def use_fast_linears(model: nn.Module) -> int:
 
 
 class _FastLinear(Swapped):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         assert isinstance(self, nn.Linear)
-        if _is_one_token(x, self.in_features) and computes(self, x) and matmul.compiles():
-            return _run(self, x)
-        result: Tensor = super().forward(x)  # type: ignore[misc]
+        if _is_one_token(input, self.in_features) and computes(self, input) and matmul.compiles():
+            return _run(self, input)
+        result: Tensor = super().forward(input)  # type: ignore[misc]
         return result
 
 
