@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import re
 import subprocess
 import sys
 import threading
@@ -504,6 +505,13 @@ def test_a_float_weight_that_is_not_finite(value: float) -> None:
     weight[1, 2] = weight[3, 4] = value
     with pytest.raises(ValueError, match=r"`weight` must be finite, got .* in 2 of its rows \(5"):
         Int8Linear.from_float(weight)
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (2, 3, 4), (0, 4), (3, 0)], ids=str)
+def test_a_float_weight_that_is_no_matrix(shape: tuple[int, ...]) -> None:
+    message = re.escape("`weight` must be a matrix [out_features, in_features] that is not empty")
+    with pytest.raises(ValueError, match=f"{message}, got shape {re.escape(str(list(shape)))}"):
+        Int8Linear.from_float(torch.ones(shape))
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ class Int8Linear(nn.Module):
 
         Raises:
             TypeError: a tensor is not float.
-            ValueError: the weight is not a matrix, or the weight or bias holds NaN or infinity.
+            ValueError: the weight is no matrix or empty, or it or the bias holds NaN or infinity.
 
         Examples:
             >>> layer = Int8Linear.from_float(torch.tensor([[1.27, -0.63]]))
@@ -96,6 +96,7 @@ class Int8Linear(nn.Module):
             if values is not None and not values.is_floating_point():
                 raise TypeError(f"`{name}` must be a float tensor, got {values.dtype}.")
         weight = weight.detach()
+        _check_matrix("weight", weight)
         integers, scale = grid.quantize_matrix(weight)
         _check_finite("weight", scale, "of its rows")  # As it is where the row is.
         bias = None if bias is None else bias.float()
@@ -314,11 +315,7 @@ def _check(
         raise ValueError(
             f"`{prefix}weight` must have shape {list(shape)}, got {list(weight.shape)}."
         )
-    if weight.dim() != 2 or weight.numel() == 0:
-        raise ValueError(
-            f"`{prefix}weight` must be a matrix [out_features, in_features] that is not empty, "
-            f"got shape {list(weight.shape)}."
-        )
+    _check_matrix(f"{prefix}weight", weight)
     if weight.shape[1] > matmul.MAX_IN_FEATURES:
         raise ValueError(
             f"`{prefix}weight` must have at most {matmul.MAX_IN_FEATURES} in-features, because "
@@ -331,6 +328,14 @@ def _check(
         )
     if bias is not None:
         _check_floats(f"{prefix}bias", bias, (len(weight),))
+
+
+def _check_matrix(name: str, weight: Tensor) -> None:
+    if weight.dim() != 2 or weight.numel() == 0:
+        raise ValueError(
+            f"`{name}` must be a matrix [out_features, in_features] that is not empty, got shape "
+            f"{list(weight.shape)}."
+        )
 
 
 def _check_floats(name: str, values: Tensor, shape: tuple[int, ...]) -> None:
