@@ -636,6 +636,18 @@ def test_input_errors_are_those_of_all_linears_that_read_it() -> None:
     assert zero_point_pays([errors])
 
 
+def test_of_a_large_batch_some_tokens_stand_for_all() -> None:
+    linears = list(linears_of().values())
+    inputs = np.abs(correlated_inputs(2000, HIDDEN, seed=1))
+    errors = InputErrors(linears)
+    errors.update(torch.from_numpy(inputs).float())
+    some = inputs[:: 2000 // 128]  # Every 15th, each for 15.
+    weight = np.concatenate([double(linear.weight) for linear in linears])
+    for asymmetric, found in ((False, errors.symmetric), (True, errors.asymmetric)):
+        difference = (on_the_grid(some, asymmetric) - some) @ weight.T
+        assert found == pytest.approx(15 * float(np.square(difference).sum()), rel=2e-2)
+
+
 @pytest.mark.parametrize(
     ("pairs", "expected"),
     [

@@ -112,7 +112,7 @@ def update_quantized(moment: SecondMoment, inputs: Tensor, asymmetric: bool = Fa
 class InputErrors:
     """What rounding the inputs of linears costs them, without a zero point and with one.
 
-    That is an average over tokens: of a large batch some tell it.
+    Sums over all tokens, which of a large batch some tell.
 
     Args:
         linears: that read the same tensor, float32.
@@ -126,8 +126,8 @@ class InputErrors:
         """Add the tokens of ``inputs``, float32 ``[T, K]``."""
         step = max(1, len(inputs) // _TOKENS_FOR_ZERO_POINTS)
         inputs = inputs[::step].contiguous()
-        self.symmetric += self._error(round_tokens(inputs).dequantize() - inputs)
-        self.asymmetric += self._error(round_tokens(inputs, True).dequantize() - inputs)
+        self.symmetric += step * self._error(round_tokens(inputs).dequantize() - inputs)
+        self.asymmetric += step * self._error(round_tokens(inputs, True).dequantize() - inputs)
 
     def _error(self, difference: Tensor) -> float:
         outputs = (functional.linear(difference, weight) for weight in self._weights)
