@@ -161,31 +161,30 @@ def _reversed_root(matrix: Tensor, diagonal: Tensor) -> Tensor | None:
 
 def _inverse_of_reversed(lower: Tensor) -> Tensor:
     """``J L^-1 J``. ``lower`` is used up."""
-    inverse = torch.zeros_like(lower, memory_format=torch.contiguous_format)
-    _invert(lower, inverse)
+    _invert(lower)
+    inverse = lower.flip(0, 1)
     lower.untyped_storage().resize_(0)
-    return inverse.flip(0, 1)
+    return inverse
 
 
 # So large a triangle is inverted as a whole.
 _WHOLE = 512
 
 
-def _invert(lower: Tensor, inverse: Tensor) -> None:
-    """Write the inverse of a lower triangle to zeros.
+def _invert(lower: Tensor) -> None:
+    """Invert a lower triangle in its own memory.
 
     By halves, ``[[A, 0], [C, B]]^-1 = [[A^-1, 0], [-B^-1 C A^-1, B^-1]]``, which computes nothing
     above the diagonal: a third of what solving for the identity does.
     """
-    half = len(lower) // 2
     if len(lower) <= _WHOLE:
         identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
-        inverse.copy_(torch.linalg.solve_triangular(lower, identity, upper=False))
+        lower.copy_(torch.linalg.solve_triangular(lower, identity, upper=False))
         return
-    first, last = slice(half), slice(half, None)
-    below = torch.linalg.solve_triangular(lower[last, last], lower[last, first], upper=False)
-    left = lower[first, first]
-    inverse[last, first] = torch.linalg.solve_triangular(left, below, upper=False, left=False)
-    inverse[last, first].neg_()
-    for part in (first, last):
-        _invert(lower[part, part], inverse[part, part])
+    half = len(lower) // 2
+    first, last = lower[:half, :half], lower[half:, half:]
+    corner = lower[half:, :half]
+    corner.copy_(torch.linalg.solve_triangular(last, corner, upper=False))
+    corner.copy_(torch.linalg.solve_triangular(first, corner, upper=False, left=False).neg_())
+    _invert(first)
+    _invert(last)
