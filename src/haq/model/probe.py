@@ -3,17 +3,13 @@
 from torch import Tensor, nn
 
 from haq.model.blocks import BlockBatch, BlockCall, map_tensors, run_block
-from haq.model.experts import routers
-from haq.model.folding import same_function
+from haq.model.folding import same_in_block
 
 # Of each sequence.
 _TOKENS = 64
 
 # What a block may raise when a size only looked like the length of the sequences.
 _DOES_NOT_FIT = (IndexError, RuntimeError, TypeError, ValueError)
-
-# Of a mixture's tokens: rounding turns the choices of some.
-_SHARE_THAT_IS_ENOUGH = 0.9
 
 
 def shortened(block: nn.Module, batch: BlockBatch) -> BlockBatch:
@@ -47,6 +43,5 @@ def shortened(block: nn.Module, batch: BlockBatch) -> BlockBatch:
     except _DOES_NOT_FIT:
         return batch
     whole = run_block(block, batch)[:, :_TOKENS]
-    share = _SHARE_THAT_IS_ENOUGH if routers(block) else 1.0
-    same = output.shape == whole.shape and same_function(hidden, whole, output, share)
+    same = output.shape == whole.shape and same_in_block(block, hidden, whole, output)
     return short if same else batch

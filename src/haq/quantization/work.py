@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from haq.config import QuantizationConfig
 from haq.model.blocks import BlockBatch, run_block
-from haq.model.experts import dense_layers, fused_experts, input_matrices, routers, unfuse
-from haq.model.folding import fold_reversibly, keep_parameters, same_function
+from haq.model.experts import dense_layers, fused_experts, input_matrices, unfuse
+from haq.model.folding import fold_reversibly, keep_parameters, same_in_block
 from haq.model.groups import Group
 from haq.model.linears import weight_view
 from haq.model.routing import RoutedInputs, share_changed
@@ -42,10 +42,6 @@ from haq.quantization.smoothing import (
     choose_scale,
     search_candidates,
 )
-
-# Tokens whose two best experts are as good as tied may change them by the rounding of float32: one
-# in thousands, but a batch may be short. A scale that does not fold shows in every token.
-_SHARE_THAT_KEEPS_EXPERTS = 0.9
 
 
 class BlockWork:
@@ -170,9 +166,7 @@ class BlockWork:
         dtype = self.original.get_parameter(f"{group.producer.name}.weight").dtype
         undo = fold_reversibly(self.block, group.producer, group.readers, choice.scale, dtype)
         folded = run_block(self.block, probe)
-        # Attention is before the router: folding into it can turn a choice, too.
-        share = _SHARE_THAT_KEEPS_EXPERTS if routers(self.block) else 1.0
-        exact = same_function(probe.hidden, self._output, folded, share)
+        exact = same_in_block(self.block, probe.hidden, self._output, folded)
         self._output = folded if exact else None
         if not exact:
             undo()
