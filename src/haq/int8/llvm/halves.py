@@ -8,7 +8,7 @@ from torch import Tensor
 
 from haq.int8.llvm import compiler, floats, threads
 from haq.int8.llvm.calls import Told
-from haq.int8.llvm.dots import Dots
+from haq.int8.llvm.dots import Dots, ahead
 from haq.int8.llvm.weight import name_of
 from haq.int8.llvm.words import (
     FLOAT,
@@ -100,7 +100,7 @@ class _Row:
         in_steps, whole = (code.and_(self.width, number(-size)) for size in (lanes * steps, lanes))
         with code.loop(number(0), in_steps, lanes * steps) as start:
             here = code.address(self.weight, start, self.stored)
-            prefetch(code, here, lanes * steps * bytes_of(self.stored), dots.ahead)
+            prefetch(code, here, lanes * steps * bytes_of(self.stored), ahead(dots))
             for step, place in enumerate(sums):
                 self._add(place, code.add(start, number(lanes * step)), lanes)
         with code.loop(in_steps, whole, lanes) as index:

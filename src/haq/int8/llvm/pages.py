@@ -25,10 +25,10 @@ def in_large_pages(weight: Tensor) -> Tensor:
     size = weight.nbytes
     if size < _PAGE or _ADVICE is None:
         return weight
-    mapped = mmap.mmap(-1, size + _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    whole = torch.frombuffer(mapped, dtype=torch.uint8)
-    start = -whole.data_ptr() % _PAGE
     try:
+        mapped = mmap.mmap(-1, size + _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        whole = torch.frombuffer(mapped, dtype=torch.uint8)
+        start = -whole.data_ptr() % _PAGE
         mapped.madvise(_ADVICE, start, size // _PAGE * _PAGE)
     except OSError:  # This system has none.
         return weight

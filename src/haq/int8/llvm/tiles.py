@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from haq.int8.llvm import floats
 from haq.int8.llvm.calls import CALL, GROUP, Told
-from haq.int8.llvm.dots import ZERO_POINT, Dots
+from haq.int8.llvm.dots import ZERO_POINT, Dots, ahead
 from haq.int8.llvm.words import (
     FLOAT,
     I8,
@@ -105,7 +105,7 @@ class _Product:
         with code.loop(number(0), in_steps, lanes * steps) as start:
             if self.tile.rows == 1:  # Beyond the end of a row there is the next one.
                 here = code.address(weights[0], start, I8)
-                prefetch(code, here, lanes * steps, self.dots.ahead)
+                prefetch(code, here, lanes * steps, ahead(self.dots))
             for step in range(steps):
                 index = code.add(start, number(lanes * step))
                 self._add(weights, inputs, index, [each[step] for each in sums])

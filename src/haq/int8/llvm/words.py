@@ -132,11 +132,11 @@ def multiply_add(code: Code, a: Value, b: Value, c: Value) -> Value:
 _LINE = 64
 
 
-def prefetch(code: Code, address: Value, length: int, ahead: int) -> None:
+def prefetch(code: Code, address: Value, length: int, distance: int) -> None:
     """Ask for as many bytes as are read from an address on, but so many bytes ahead of them."""
     hints = [number(hint, I32) for hint in (0, 3, 1)]  # To be read, often, data.
-    for line in range(0, length if ahead else 0, _LINE):
-        place = code.address(address, number(ahead + line), I8)
+    for line in range(0, length if distance else 0, _LINE):
+        place = code.address(address, number(distance + line), I8)
         code.intrinsic("llvm.prefetch.p0", VOID, place, *hints)
 
 
