@@ -1,10 +1,6 @@
 """Layers that stay in bfloat16: by a kernel for one token, and as they were for all else."""
 
-import copy
-import io
-import pickle
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -16,6 +12,7 @@ from haq.nn import kept
 from haq.nn.kept import use_fast_linears
 from haq.nn.swapped import Swapped
 from tests.architectures import ARCHITECTURES, token_ids
+from tests.nn.copies import COPIES
 
 OUT, IN = 50, 83
 
@@ -183,18 +180,7 @@ def test_names_and_classes_are_as_before() -> None:
     assert type(module) is again
 
 
-def through_torch_save(module: nn.Module) -> Any:
-    file = io.BytesIO()
-    torch.save(module, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-@pytest.mark.parametrize(
-    "duplicate",
-    [copy.deepcopy, through_torch_save, lambda module: pickle.loads(pickle.dumps(module))],
-    ids=["deepcopy", "torch.save", "pickle"],
-)
+@pytest.mark.parametrize("duplicate", COPIES.values(), ids=COPIES)
 def test_copies_are_fast_and_their_own(duplicate: Callable[[nn.Module], nn.Linear]) -> None:
     module, x = fast(), token()
     expected = module(x)

@@ -1,11 +1,8 @@
 """Fused norms as modules: what is recognized, and that nothing but the kernel is another one."""
 
 import copy
-import io
-import pickle
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
@@ -22,6 +19,7 @@ from haq.int8.norm import Norm
 from haq.nn import fuse_norms, norms, unfuse_norms
 from haq.nn.formulas import recognized
 from tests.architectures import ARCHITECTURES, MIXTURES, token_ids
+from tests.nn.copies import COPIES
 
 
 class Own(nn.Module):
@@ -206,22 +204,7 @@ def test_undone(fused: nn.Sequential) -> None:
     unfuse_norms(fused)
 
 
-def through_torch_save(module: nn.Module) -> Any:
-    file = io.BytesIO()
-    torch.save(module, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-@pytest.mark.parametrize(
-    "duplicate",
-    [
-        copy.deepcopy,
-        through_torch_save,
-        *(lambda m, p=p: pickle.loads(pickle.dumps(m, p)) for p in range(6)),
-    ],
-    ids=["deepcopy", "torch.save", *(f"pickle {p}" for p in range(6))],
-)
+@pytest.mark.parametrize("duplicate", COPIES.values(), ids=COPIES)
 def test_copies_are_fused_and_their_own(
     fused: nn.Sequential, duplicate: Callable[[nn.Module], nn.Sequential]
 ) -> None:
