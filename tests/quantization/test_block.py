@@ -337,7 +337,7 @@ def test_what_became_of_a_difficult_hessian_is_noted(
 def test_a_fold_that_changes_the_block_is_undone_and_noted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(work_module, "same_function", lambda *outputs: False)
+    monkeypatch.setattr(work_module, "same_in_block", lambda *outputs: False)
     block, batches = Block(), batches_of()
     result, layers = quantize_block(block, batches, QuantizationConfig(), "blocks.0")
     assert {layer.note for layer in layers} == {"folding changed the block: not smoothed"}
@@ -368,7 +368,7 @@ def test_the_float_block_is_left_alone(config: QuantizationConfig) -> None:
         (block_module, "find_groups"),
         (work_module, "choose_scale"),
         (work_module, "fold_reversibly"),
-        (work_module, "same_function"),
+        (work_module, "same_in_block"),
         (work_module, "zero_point_pays"),
         (work_module, "update_quantized"),
         (layers_module, "inverse_factor"),
