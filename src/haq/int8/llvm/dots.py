@@ -46,7 +46,7 @@ class Dots(Protocol):
         """``sums`` and the products of a register of weights with one of a token."""
 
     def product(self, code: Code, weight: Value, token: Value) -> Value:
-        """Of single integers: int32."""
+        """Of single integers, or each of a vector with its own: int32."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,8 @@ class PairsOfWords:
         return code.add(sums, code.intrinsic(name, sums.type, wide, token))
 
     def product(self, code: Code, weight: Value, token: Value) -> Value:
-        return code.mul(code.sext(weight, I32), code.sext(token, I32))
+        wide = vector(I32, lanes_of(weight.type))
+        return code.mul(code.sext(weight, wide), code.sext(token, wide))
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,8 @@ class FoursOfBytes:
         return code.intrinsic(name, sums.type, sums, token, weight)
 
     def product(self, code: Code, weight: Value, token: Value) -> Value:
-        return code.mul(code.sext(weight, I32), code.zext(token, I32))
+        wide = vector(I32, lanes_of(weight.type))
+        return code.mul(code.sext(weight, wide), code.zext(token, wide))
 
 
 def ahead(dots: Dots) -> int:

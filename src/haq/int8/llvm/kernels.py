@@ -54,7 +54,7 @@ def module_of(kind: Kind, dots: Dots) -> ir.Module:
 
 def tile_of(dots: Dots) -> tuple[int, int]:
     """Rows and tokens of the tile for many tokens: its sums fill the registers."""
-    return (6, 4) if dots.registers == 32 else (4, 2)
+    return tiles.ROWS_AT_ONCE, 6 if dots.registers == 32 else 2
 
 
 def _narrow(dots: Dots) -> list[Tile]:

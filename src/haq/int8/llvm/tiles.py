@@ -14,11 +14,18 @@ from haq.int8.llvm.words import (
     POINTER,
     Code,
     Value,
+    multiply_add,
     number,
     prefetch,
+    side_by_side,
+    spread,
     suffix,
+    sums_of_four,
     vector,
 )
+
+ROWS_AT_ONCE = 4
+"""Rows of a tile whose sums are brought side by side in a few instructions."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,7 @@ class Tile:
     """The size of a piece of a product.
 
     Attributes:
-        rows: of the weight.
+        rows: of the weight, one or `ROWS_AT_ONCE`.
         tokens: that they are multiplied with.
         steps: registers of each row that are multiplied before the loop comes back, each with sums
             of its own.
@@ -76,7 +83,7 @@ class _Product:
         call, group, *self.edges = code.parameters
         self.call, self.group = Told(code, call, CALL), Told(code, group, GROUP)
         self.width, self.stride = self.call["width"], self.call["stride"]
-        self.pairs = [(r, t) for r in range(tile.rows) for t in range(tile.tokens)]
+        self.pairs = tile.rows * tile.tokens
 
     def write(self) -> None:
         row, last_row, token, last_token = self.edges
@@ -92,14 +99,15 @@ class _Product:
         weights = [code.address(weight, code.mul(r, self.width), I8) for r in rows]
         inputs = [code.address(integers, code.mul(t, self.stride), self.dots.token) for t in tokens]
         sums = self._sums(weights, inputs, self.width)
-        for (r, t), total in zip(self.pairs, sums, strict=True):
-            self._finish(total, rows[r], tokens[t])
+        for total, there in zip(sums, tokens, strict=True):
+            self._finish(total, row, there)
 
     def _sums(self, weights: Sequence[Value], inputs: Sequence[Value], width: Value) -> list[Value]:
-        """The sums of integers of all `pairs`: int32."""
+        """The sums of integers of each token, int32, with all rows side by side."""
         code, kind = self.code, vector(I32, self.dots.sums)
         steps, lanes = self.tile.steps, self.dots.lanes
-        sums = [[code.variable(kind, number(0, kind)) for _ in range(steps)] for _ in self.pairs]
+        zero = number(0, kind)
+        sums = [[code.variable(kind, zero) for _ in range(steps)] for _ in range(self.pairs)]
         in_steps = code.and_(width, number(-lanes * steps))
         whole = code.and_(width, number(-lanes))
         with code.loop(number(0), in_steps, lanes * steps) as start:
@@ -112,10 +120,11 @@ class _Product:
         if steps > 1:
             with code.loop(in_steps, whole, lanes) as index:
                 self._add(weights, inputs, index, [each[0] for each in sums])
-        totals = [code.variable(I32, self._total(each)) for each in sums]
+        tokens, rows = self.tile.tokens, vector(I32, self.tile.rows)
+        totals = [code.variable(rows, self._totals(sums[t::tokens])) for t in range(tokens)]
         with code.loop(whole, width) as index:
             self._add_single(weights, inputs, index, totals)
-        return [code.value(total, I32) for total in totals]
+        return [code.value(total, rows) for total in totals]
 
     def _add(
         self, weights: Sequence[Value], inputs: Sequence[Value], index: Value, sums: Sequence[Value]
@@ -132,37 +141,48 @@ class _Product:
     def _add_single(
         self, weights: Sequence[Value], inputs: Sequence[Value], index: Value, sums: Sequence[Value]
     ) -> None:
-        code = self.code
-        for (r, t), address in zip(self.pairs, sums, strict=True):
-            weight = code.read(weights[r], index, I8)
-            token = code.read(inputs[t], index, self.dots.token)
-            product = self.dots.product(code, weight, token)
-            code.store(code.add(code.value(address, I32), product), address)
+        code, dots = self.code, self.dots
+        rows = side_by_side(code, [code.read(each, index, I8) for each in weights])
+        for each, place in zip(inputs, sums, strict=True):
+            token = spread(code, code.read(each, index, dots.token), self.tile.rows)
+            products = dots.product(code, rows, token)
+            code.store(code.add(code.value(place, products.type), products), place)
 
-    def _total(self, addresses: Sequence[Value]) -> Value:
-        """Registers of sums to one sum."""
+    def _totals(self, sums: Sequence[Sequence[Value]]) -> Value:
+        """Registers of sums, of each row, to one sum of each row."""
         code, kind = self.code, vector(I32, self.dots.sums)
-        total = code.value(addresses[0], kind)
-        for address in addresses[1:]:
-            total = code.add(total, code.value(address, kind))
-        return code.intrinsic(f"llvm.vector.reduce.add.{suffix(kind)}", I32, total)
+        registers = []
+        for first, *others in sums:
+            register = code.value(first, kind)
+            for other in others:
+                register = code.add(register, code.value(other, kind))
+            registers.append(register)
+        if len(registers) == ROWS_AT_ONCE:
+            return sums_of_four(code, *registers)
+        return code.intrinsic(f"llvm.vector.reduce.add.{suffix(kind)}", I32, *registers)
 
-    def _finish(self, total: Value, row: Value, token: Value) -> None:
-        """The formula of `haq.int8.matmul`, in its order, and the output where it belongs."""
-        code, ending = self.code, self.ending
+    def _finish(self, totals: Value, row: Value, token: Value) -> None:
+        """The formula of `haq.int8.matmul`, in its order, and the outputs where they belong.
+
+        Args:
+            totals: int32, of all rows of the tile.
+            row: the first of them.
+            token: whose.
+        """
+        code, ending, lanes = self.code, self.ending, self.tile.rows
         if self.dots.unsigned:
-            surplus = code.read(self.group["sums"], row, I32)
-            total = code.sub(total, code.mul(surplus, number(ZERO_POINT, I32)))
-        result = code.sitofp(total, FLOAT)
-        result = code.fmul(result, code.read(self.group["scale"], row, FLOAT))
+            surplus = code.read(self.group["sums"], row, I32, lanes)
+            totals = code.sub(totals, code.mul(surplus, number(ZERO_POINT, totals.type)))
+        result = code.sitofp(totals, vector(FLOAT, lanes))
+        result = code.fmul(result, code.read(self.group["scale"], row, FLOAT, lanes))
         if ending.shifted:
-            shift = code.read(self.call["shifts"], token, FLOAT)
-            step = code.read(self.group["row_sums"], row, FLOAT)
-            # Fused, as torch's `addcmul` is.
-            result = code.intrinsic("llvm.fma.f32", FLOAT, shift, step, result)
+            shift = spread(code, code.read(self.call["shifts"], token, FLOAT), lanes)
+            step = code.read(self.group["row_sums"], row, FLOAT, lanes)
+            result = multiply_add(code, shift, step, result)  # As torch's `addcmul`.
         if ending.scaled:
-            result = code.fmul(result, code.read(self.call["scales"], token, FLOAT))
+            scale = spread(code, code.read(self.call["scales"], token, FLOAT), lanes)
+            result = code.fmul(result, scale)
         if ending.biased:
-            result = code.fadd(result, code.read(self.group["bias"], row, FLOAT))
+            result = code.fadd(result, code.read(self.group["bias"], row, FLOAT, lanes))
         place = code.add(code.mul(token, self.call["rows"]), row)
         floats.write(code, ending.target, result, self.call["out"], place)

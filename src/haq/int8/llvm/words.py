@@ -123,6 +123,48 @@ def total(code: Code, value: Value) -> Value:
     return function
 
 
+def side_by_side(code: Code, values: Sequence[Value]) -> Value:
+    """A vector of numbers, each of its own."""
+    if len(values) == 1:
+        return values[0]
+    result = constant(vector(values[0].type, len(values)), 0)
+    for index, value in enumerate(values):
+        result = code.insert_element(result, value, number(index, I32))
+    return result
+
+
+def sums_of_four(code: Code, *vectors: Value) -> Value:
+    """The sums of four vectors of integers, side by side."""
+    a, b, c, d = vectors
+    # What moves stays within 128 bits at first, which one instruction does.
+    ab, cd = (code.add(*_woven(code, *pair, 1)) for pair in ((a, b), (c, d)))
+    result = code.add(*_woven(code, ab, cd, 2))
+    while lanes_of(result.type) > len(vectors):
+        half = lanes_of(result.type) // 2
+        halves = [range(half), range(half, 2 * half)]
+        result = code.add(
+            *(code.shuffle_vector(result, result, constants(I32, part)) for part in halves)
+        )
+    return result
+
+
+def _woven(code: Code, a: Value, b: Value, size: int) -> Iterator[Value]:
+    """Elements of ``a`` and ``b`` in turn, ``size`` of each: of first halves, then of second ones.
+
+    Halves are those of each four elements.
+    """
+    lanes = lanes_of(a.type)
+    for half in (0, 2):
+        order = [
+            of + four + half + part + element
+            for four in range(0, lanes, 4)
+            for part in range(0, 2, size)
+            for of in (0, lanes)
+            for element in range(size)
+        ]
+        yield code.shuffle_vector(a, b, constants(I32, order))
+
+
 def multiply_add(code: Code, a: Value, b: Value, c: Value) -> Value:
     """``a * b + c`` of float32, rounded once."""
     return code.intrinsic(f"llvm.fma.{suffix(a.type)}", a.type, a, b, c)
