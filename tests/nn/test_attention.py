@@ -1,4 +1,4 @@
-"""Attention of one new token against softmax in float64."""
+"""Attention of one new token, and of a prompt, against softmax in float64."""
 
 import pytest
 import torch
@@ -6,8 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from haq.int8 import matmul
+from haq.int8.matmul import use_backend
 from haq.nn import attention
-from haq.nn.attention import attend
+from haq.nn.attention import attend, attend_to_prompt
 
 
 def expected(
@@ -112,3 +114,119 @@ def test_a_mask_of_another_device_is_refused() -> None:
     query, key = torch.randn(1, 2, 1, 16), torch.randn(1, 2, 9, 16)
     with pytest.raises(RuntimeError):
         attend(query, key, key, torch.ones(1, 1, 1, 9, dtype=torch.bool, device="meta"), None)
+
+
+# --- Prompts --------------------------------------------------------------------------------------
+
+needs_a_compiler = pytest.mark.skipif(not matmul.compiles(), reason="LLVM's kernels do not run")
+
+
+def expected_of_prompt(
+    query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float
+) -> Tensor:
+    """Query by query, each as the last one of a text of its own."""
+    rows = []
+    for place in range(query.shape[2]):
+        seen = place + 1 if causal else key.shape[2]
+        one = query[:, :, place : place + 1]
+        rows.append(expected(one, key[:, :, :seen], value[:, :, :seen], None, scale))
+    return torch.cat(rows, 2)
+
+
+def prompt_of(
+    *sizes: int, dtype: torch.dtype = torch.bfloat16, sharper: float = 2
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As layers give them: numbers of a token beside each other, whatever the head."""
+    batch, heads, groups, queries, tokens, size, width = sizes
+    query = sharper * torch.randn(batch, queries, heads, size).to(dtype)
+    key = torch.randn(batch, tokens, groups, size).to(dtype)
+    value = torch.randn(batch, tokens, groups, width).to(dtype)
+    return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+
+
+# batch, heads, groups, queries, tokens, size of a key, size of a value
+PROMPTS = [
+    (1, 2, 2, 2, 2, 8, 8),
+    (2, 6, 2, 31, 31, 16, 16),
+    (1, 4, 1, 33, 33, 7, 24),
+    (3, 2, 2, 70, 70, 12, 9),
+    (1, 3, 3, 40, 90, 16, 16),
+    (1, 4, 2, 65, 5, 16, 16),
+    (1, 1, 1, 130, 130, 64, 64),
+]
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("at_once", [1, 900, 2**20])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("shape", PROMPTS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_a_prompt_equals_float64(
+    shape: tuple[int, ...],
+    causal: bool,
+    at_once: int,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(attention, "_NUMBERS", at_once)
+    given = prompt_of(*shape, dtype=dtype)
+    before = [part.clone() for part in given]
+    result = attend_to_prompt(*given, causal, 0.3)
+    assert result is not None
+    assert result.dtype == dtype
+    torch.testing.assert_close(
+        result.double(),
+        expected_of_prompt(*given, causal, 0.3),
+        rtol=2 * torch.finfo(dtype).eps,
+        atol=1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps / 4,
+    )
+    assert all(map(torch.equal, given, before))
+
+
+@needs_a_compiler
+def test_scores_of_any_size_have_a_softmax() -> None:
+    given = prompt_of(1, 2, 1, 50, 50, 16, 16, sharper=1e4)
+    result = attend_to_prompt(*given, True, None)
+    assert result is not None
+    torch.testing.assert_close(
+        result.double(), expected_of_prompt(*given, True, 0.25), rtol=1e-2, atol=1e-3
+    )
+
+
+@needs_a_compiler
+def test_a_query_of_a_prompt_does_not_depend_on_those_behind_it() -> None:
+    query, key, value = prompt_of(1, 4, 2, 100, 100, 16, 16)
+    whole = attend_to_prompt(query, key, value, True, None)
+    assert whole is not None
+    for length in (2, 31, 32, 64, 99):
+        parts = (part[:, :, :length] for part in (query, key, value))
+        shorter = attend_to_prompt(*parts, True, None)
+        assert shorter is not None
+        assert torch.equal(shorter, whole[:, :, :length])
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("threads", [2, 3, 7])
+def test_threads_share_a_prompt(threads: int) -> None:
+    given = prompt_of(2, 6, 2, 100, 100, 16, 16)
+    one = attend_to_prompt(*given, True, None)
+    try:
+        torch.set_num_threads(threads)
+        several = attend_to_prompt(*given, True, None)
+    finally:
+        torch.set_num_threads(1)
+    assert one is not None
+    assert several is not None
+    assert torch.equal(one, several)
+
+
+def test_no_kernel_for_a_prompt() -> None:
+    query, key, value = prompt_of(1, 2, 2, 4, 4, 8, 8)
+    assert attend_to_prompt(query.clone().requires_grad_(), key, value, True, None) is None
+    assert attend_to_prompt(query.float(), key, value, True, None) is None
+    assert attend_to_prompt(query, key.float(), value, True, None) is None
+    assert attend_to_prompt(query.double(), key.double(), value.double(), True, None) is None
+    turned = query.transpose(2, 3).contiguous().transpose(2, 3)
+    assert attend_to_prompt(turned, key, value, True, None) is None
+    with use_backend("reference"):
+        assert attend_to_prompt(query, key, value, True, None) is None

@@ -1,4 +1,4 @@
-"""An attention implementation for `transformers`: its own, and a faster one for one new token.
+"""An attention implementation for `transformers`: its own, and faster ones on a CPU.
 
 It is registered by the name `NAME`, and `model.set_attn_implementation("sdpa")` takes it back.
 """
@@ -11,23 +11,23 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from haq.nn.attention import attend
+from haq.nn.attention import attend, attend_to_prompt
 
 NAME = "haq"
 
 # What it is about: in float32 torch's own is as fast.
 _DTYPES = (torch.bfloat16, torch.float16)
 
-# Arguments that change nothing about one token's attention where they are None or False.
+# Arguments that change nothing about the attention where they are None or False.
 _MORE = ("position_bias", "cache", "softcap", "s_aux", "output_attentions")
 
 
 def use_fast_attention(model: PreTrainedModel) -> None:
     """Let a model that uses torch's attention use haq's where that is the faster one.
 
-    That is on a CPU, in 16 bits, for one new token. Everywhere else, on a GPU too, it computes what
-    it computed before. A model that uses another implementation, or cannot change it, is left as
-    it is.
+    That is on a CPU, in 16 bits, for one new token and for prompts that are not masked. Everywhere
+    else, on a GPU too, it computes what it computed before. A model that uses another
+    implementation, or cannot change it, is left as it is.
     """
     if model.config._attn_implementation == "sdpa" and model._supports_attention_backend:
         model.set_attn_implementation(NAME)
@@ -43,7 +43,7 @@ def attention_forward(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """What `transformers` calls: its ``sdpa``, but for one new token on a CPU.
+    """What `transformers` calls: its ``sdpa``, but for one new token and for prompts on a CPU.
 
     Args:
         module: the attention layer.
@@ -59,15 +59,21 @@ def attention_forward(
         ``[B, Q, H, V]`` and None.
     """
     if (
-        query.shape[2] == 1
-        and query.device.type == "cpu"
+        query.device.type == "cpu"
         and query.dtype in _DTYPES
         and not dropout
         and len(query) == len(key)
         and not any(_given(kwargs.get(name)) for name in _MORE)
     ):
-        attended = attend(query, key, value, attention_mask, scaling)
-        return attended.transpose(1, 2).contiguous(), None
+        attended = None
+        if query.shape[2] == 1:
+            attended = attend(query, key, value, attention_mask, scaling)
+        elif attention_mask is None:
+            causal = kwargs.get("is_causal")
+            causal = getattr(module, "is_causal", True) if causal is None else causal
+            attended = attend_to_prompt(query, key, value, causal, scaling)
+        if attended is not None:
+            return attended.transpose(1, 2).contiguous(), None
     result: tuple[Tensor, None] = sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout, scaling, **kwargs
     )

@@ -1,8 +1,9 @@
-"""Attention of one new token to all before it, on a CPU, for models in 16 bits.
+"""Attention on a CPU, for models in 16 bits: of one new token to all before it, and of a prompt.
 
-torch's own attends as to a prompt: it packs keys and values for matrix products that then have one
-row. With a text of some length that takes longer than the int8 weights of the layer:
-benchmarks/attention.py has the times.
+torch's own attends with one token as with a prompt: it packs keys and values for matrix products
+that then have one row. With a text of some length that takes longer than the int8 weights of the
+layer. With a prompt it multiplies in bfloat16, and casts to it what it then multiplies.
+benchmarks/attention.py has the times of both.
 """
 
 import torch
@@ -57,6 +58,51 @@ def attend(
             scores = _masked(scores, mask[here])
         result[here] = torch.bmm(torch.softmax(scores, -1), values[here].float())
     return result.view(batch, heads, 1, -1)
+
+
+def attend_to_prompt(
+    query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float | None
+) -> Tensor | None:
+    """``softmax(query @ key.T * scale) @ value`` in float32, for all queries of a prompt.
+
+    Args:
+        query: float ``[B, H, Q, D]``.
+        key: float ``[B, G, T, D]``; H is a multiple of G, and H / G heads in a row share a key.
+        value: float ``[B, G, T, V]``.
+        causal: whether the q-th query sees the first q keys only.
+        scale: None for ``D ** -0.5``.
+
+    Returns:
+        ``[B, H, Q, V]`` in the dtype of ``value``; None if there is no kernel that could do it.
+
+    Examples:
+        >>> key = torch.tensor([[[[8.0, 0.0], [0.0, 8.0]]]])
+        >>> result = attend_to_prompt(9 * key, key, torch.eye(2)[None, None], True, 1.0)
+        >>> result is None or torch.equal(result, torch.eye(2)[None, None])
+        True
+    """
+    if torch.compiler.is_compiling() or not _in_one_call(query, key, value, None):
+        return None
+    if query.dtype != value.dtype or query.stride(-1) != 1:
+        return None
+    from haq.int8.llvm import prompts
+
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    (batch, heads, queries, size), (groups, tokens, width) = query.shape, value.shape[1:]
+    shared = heads // groups
+    # What `transformers` wants next has the numbers of a token side by side.
+    out = value.new_empty(batch, queries, heads, width).transpose(1, 2)
+    at_once = max(1, _NUMBERS // max(1, tokens * size))
+    for row in range(batch):
+        for start in range(0, groups, at_once):
+            group = slice(start, start + at_once)
+            head = slice(start * shared, (start + at_once) * shared)
+            keys, values = (
+                torch.empty(part.shape, dtype=torch.float32).copy_(part)
+                for part in (key[row, group], value[row, group])
+            )
+            prompts.attend(query[row, head], keys, values, out[row, head], causal, scale)
+    return out
 
 
 def _in_one_call(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:

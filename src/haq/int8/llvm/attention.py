@@ -9,20 +9,18 @@ from torch import Tensor
 
 from haq.int8.llvm import compiler, floats, threads
 from haq.int8.llvm.calls import Told
+from haq.int8.llvm.exponential import exponential
 from haq.int8.llvm.weight import name_of
 from haq.int8.llvm.words import (
     FLOAT,
-    I32,
     POINTER,
     Code,
     Value,
     constant,
-    lanes_of,
     multiply_add,
     number,
     parts,
     spread,
-    suffix,
     total,
     vector,
 )
@@ -154,7 +152,7 @@ class _Head:
             here = code.variable(kind, constant(kind, 0.0))
             with code.loop(start, stop, lanes) as index:
                 score = code.read(self.scores, index, FLOAT, lanes)
-                weight = _exponential(code, code.fsub(score, spread(code, largest, lanes)))
+                weight = exponential(code, code.fsub(score, spread(code, largest, lanes)))
                 code.write(weight, self.scores, index, FLOAT)
                 code.store(code.fadd(code.value(here, kind), weight), here)
             sums.append(total(code, code.value(here, kind)))
@@ -175,32 +173,3 @@ class _Head:
         for each, place in zip(sums, places, strict=True):
             result = code.fmul(code.value(each, kind), spread(code, inverse, lanes))
             floats.write(code, self.kind, result, self.out, place)
-
-
-# The series of e^r for r in [-ln(2)/2, ln(2)/2].
-_SERIES = [1 / math.factorial(k) for k in range(8)]
-
-# ln(2) in two parts: times an integer of a few bits, the first is exact.
-_LOG_2 = 0.693359375, math.log(2) - 0.693359375
-
-# Below this, 2^n is no ordinary float32 any more, and what it weighs is nothing.
-_LEAST_POWER = -126.0
-
-
-def _exponential(code: Code, value: Value) -> Value:
-    """``exp(value)`` for values up to 0, within a few units of float32's last place."""
-    kind = value.type
-    power = code.fmul(value, constant(kind, 1 / math.log(2)))
-    nothing = code.fcmp_ordered("<", power, constant(kind, _LEAST_POWER))
-    power = code.intrinsic(f"llvm.roundeven.{suffix(kind)}", kind, power)
-    power = code.select(nothing, constant(kind, 0.0), power)
-    rest = value
-    for part in _LOG_2:
-        rest = multiply_add(code, power, constant(kind, -part), rest)
-    result = constant(kind, _SERIES[-1])
-    for coefficient in reversed(_SERIES[:-1]):
-        result = multiply_add(code, result, rest, constant(kind, coefficient))
-    integers = vector(I32, lanes_of(kind))
-    exponent = code.add(code.fptosi(power, integers), number(127, integers))
-    scale = code.bitcast(code.shl(exponent, number(23, integers)), kind)
-    return code.select(nothing, constant(kind, 0.0), code.fmul(result, scale))

@@ -32,7 +32,7 @@ GROUP = (
 
 _ADDRESSES = {"tokens", "integers", "scales", "shifts", "out"}
 _ADDRESSES |= {"weight", "scale", "sums", "bias", "row_sums"}
-_ADDRESSES |= {"query", "key", "value", "mask", "scores"}  # of attention
+_ADDRESSES |= {"query", "key", "value", "mask", "scores", "room"}  # of attention
 
 
 class Told:

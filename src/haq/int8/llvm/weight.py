@@ -16,7 +16,7 @@ TYPES = {torch.float32, torch.bfloat16, torch.float16}
 # back at least: one that is slower then takes less. With many, rows of the weight, and numbers of
 # tokens that they are multiplied with meanwhile, by the registers of the processor: measured.
 _CHUNK_BYTES, _CHUNKS_PER_THREAD = 2**18, 4
-_CHUNK_ROWS, _BLOCK = 48, {16: 2**17, 32: 2**20}
+_CHUNK_ROWS, _BLOCK = {16: 48, 32: 96}, {16: 2**17, 32: 2**21}
 
 # Integers of a token begin where a line of the cache does.
 _LINE = 64
@@ -192,7 +192,7 @@ def _pieces(few: bool, rows: int, width: int, threads: int) -> tuple[int, int]:
         return max(1, min(_CHUNK_BYTES // width, fair)), kernels.FEW
     dots = compiler.dots_here()
     rows_of_tile, tokens_of_tile = kernels.tile_of(dots)
-    chunk = -(-min(_CHUNK_ROWS, fair) // rows_of_tile) * rows_of_tile
+    chunk = -(-min(_CHUNK_ROWS[dots.registers], fair) // rows_of_tile) * rows_of_tile
     block = _BLOCK[dots.registers] // width // tokens_of_tile
     return chunk, max(1, block) * tokens_of_tile
 
