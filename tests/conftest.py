@@ -5,6 +5,9 @@ import os
 # Before anything imports the hub's client, which reads it once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+# Processes that tests start would wait for each other's threads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

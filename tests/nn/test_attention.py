@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from haq.int8 import matmul
+from haq.int8.llvm.dots import Dots, FoursOfBytes, PairsOfWords
 from haq.int8.matmul import use_backend
 from haq.nn import attention
 from haq.nn.attention import attend, attend_to_prompt
@@ -218,6 +219,20 @@ def test_threads_share_a_prompt(threads: int) -> None:
     assert one is not None
     assert several is not None
     assert torch.equal(one, several)
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("dots", [PairsOfWords(256), FoursOfBytes(256, registers=16)], ids=str)
+def test_a_prompt_by_smaller_registers(dots: Dots, monkeypatch: pytest.MonkeyPatch) -> None:
+    from haq.int8.llvm import compiler
+
+    monkeypatch.setattr(compiler, "dots_here", lambda: dots)
+    monkeypatch.setattr(compiler, "_kernels", {})
+    given = prompt_of(1, 4, 2, 70, 70, 16, 9, dtype=torch.float32)
+    result = attend_to_prompt(*given, True, 0.3)
+    assert result is not None
+    exact = expected_of_prompt(*given, True, 0.3)
+    torch.testing.assert_close(result.double(), exact, rtol=0, atol=1e-5)
 
 
 def test_no_kernel_for_a_prompt() -> None:
