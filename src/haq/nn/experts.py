@@ -7,12 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from haq.int8.cuda import TritonWeight, tokens_of, whole
+from haq.int8.llvm.weight import LlvmWeight
 from haq.int8.once import is_captured
 from haq.int8.reference import PackedWeight
 from haq.nn.grouped import Stacks, routed_sum
 from haq.nn.handles import register, registered
 from haq.nn.linear import Int8Linear
-from haq.nn.rows import Activation, by_expert, expert_rows, weighted_sum
+from haq.nn.rows import Activation, by_expert, expert_rows, one_token, weighted_sum
 from haq.nn.stack import Stack
 
 
@@ -102,6 +103,12 @@ class Int8Experts(nn.Module):
         if stacks is not None:
             rounded = tokens_of(source, False, self)
             return routed_sum(stacks, self.activation, rounded, top_k_index, top_k_weights, dtype)
+        if len(hidden_states) == 1 and isinstance(_layer(self.up, 0)._packed, LlvmWeight):
+            (named,) = top_k_index.tolist()
+            if all(0 <= expert < self.num_experts for expert in named):
+                pairs = [self.expert(expert) for expert in named]
+                total = one_token(pairs, self.activation, hidden_states, top_k_weights)
+                return total.to(dtype)
         order, counts = by_expert(top_k_index, self.num_experts)
         chosen = [(self.expert(e), count) for e, count in enumerate(counts) if count]
         experts, rows = [pair for pair, _ in chosen], [count for _, count in chosen]

@@ -135,14 +135,49 @@ def _compiled_rows(
     for span in _spans(counts):
         stop = start + sum(count for _, count in span)
         states = hidden_states.index_select(0, tokens[start:stop])
-        for part in (0, 1):
-            groups = [_group(experts[index][part], count) for index, count in span]
-            states = products(groups, states, torch.float32)
-            if part == 0:
-                states = activation(states)
-        outputs.append(states)
+        part = [(experts[index], count) for index, count in span]
+        outputs.append(_compiled_span(part, activation, states))
         start = stop
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def one_token(
+    experts: Sequence[tuple[Int8Linear, Int8Linear]],
+    activation: Activation,
+    hidden_states: Tensor,
+    weights: Tensor,
+) -> Tensor:
+    """What `weighted_sum` makes of `expert_rows`, for one token and kernels that LLVM compiles.
+
+    Nothing has to be gathered, sorted or brought back, which takes as long as the products of a
+    small layer.
+
+    Args:
+        experts: the two matrices of each that the token chose, as the router names them.
+        activation: as for `expert_rows`.
+        hidden_states: float ``[1, D]``.
+        weights: float ``[1, A]``.
+
+    Returns:
+        float32 ``[1, D]``.
+    """
+    states = hidden_states.expand(len(experts), -1)
+    rows = _compiled_span([(pair, 1) for pair in experts], activation, states)
+    rows.mul_(weights.reshape(-1, 1))
+    total = rows[:1]
+    for slot in range(1, len(experts)):
+        total = total + rows[slot]
+    return total
+
+
+def _compiled_span(
+    experts: Sequence[tuple[tuple[Int8Linear, Int8Linear], int]],
+    activation: Activation,
+    states: Tensor,
+) -> Tensor:
+    """Some experts, each on so many rows, in two calls: from ``[S, D]`` to float32 ``[S, D]``."""
+    up, down = ([_group(pair[part], count) for pair, count in experts] for part in (0, 1))
+    return products(down, activation(products(up, states, torch.float32)), torch.float32)
 
 
 def _group(layer: Int8Linear, count: int) -> Rows:
