@@ -436,10 +436,18 @@ def test_a_router_of_16_bits_takes_its_scale_without_rounding(
     ids = UNSEEN
     got, expected = logits_of(model, ids), logits_of(before, ids)
     assert got.dtype == expected.dtype
-    noise = (got.float() - expected.float()).norm(dim=-1) / expected.float().norm(dim=-1)
-    # Some tokens go to other experts than before, which the median does not see. int8 makes up to
-    # 0.04 of this in float32, and 16 bits another 0.02.
-    assert noise.median() < 0.08
+    # As in float32, but for what 16 bits add, up to 1.4 times; routers without their scale make 1.9 to
+    # 20 times as much. Some tokens go to other experts than before, which the median does not see.
+    exact = copy.deepcopy(before).float()
+    in_float32 = quantize(name, model=copy.deepcopy(exact))
+    noise = _median_noise(got, expected)
+    assert noise < 1.6 * _median_noise(logits_of(in_float32, ids), logits_of(exact, ids))
+
+
+def _median_noise(got: Tensor, expected: Tensor) -> float:
+    """Of tokens, relative."""
+    difference = (got.float() - expected.float()).norm(dim=-1)
+    return float((difference / expected.float().norm(dim=-1)).median())
 
 
 @pytest.mark.parametrize("name", MIXTURES)
