@@ -436,8 +436,8 @@ def test_a_router_of_16_bits_takes_its_scale_without_rounding(
     ids = UNSEEN
     got, expected = logits_of(model, ids), logits_of(before, ids)
     assert got.dtype == expected.dtype
-    # As in float32, but for what 16 bits add, up to 1.4 times; without their scale routers make 1.9
-    # to 20 times as much. Some tokens go to other experts than before: the median does not see them.
+    # As in float32, but for what 16 bits add, up to 1.4 times; routers without their scale make 1.9
+    # to 20 times as much. Some tokens go to other experts than before; medians do not see them.
     exact = copy.deepcopy(before).float()
     in_float32 = quantize(name, model=copy.deepcopy(exact))
     noise = _median_noise(got, expected)
