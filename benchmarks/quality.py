@@ -37,7 +37,7 @@ from haq.model.blocks import BlockBatch
 from haq.model.groups import Group, find_groups
 from haq.model.linears import is_linear
 from haq.quantization.hessian import SecondMoment
-from haq.quantization.smoothing import Candidate, search_candidates
+from haq.quantization.scales import Candidate, search_candidates
 
 SHARED = Path(os.environ.get("HAQ_SHARED", Path(__file__).parents[2] / "shared"))
 CALIBRATION = SHARED / "data/text/wikitext103-excerpt.json"

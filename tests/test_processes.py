@@ -22,7 +22,7 @@ from haq.checkpoint.files import TensorFiles
 from haq.model.routing import RoutedInputs
 from haq.processes import ALONE, Processes
 from haq.quantization.hessian import SecondMoment
-from haq.quantization.smoothing import ChannelStatistics
+from haq.quantization.scales import ChannelStatistics
 from tests.architectures import ARCHITECTURES, MIXTURES, token_ids
 
 REPOSITORY = Path(__file__).parents[1]

@@ -81,18 +81,11 @@ def test_nan_reaches_the_scale_of_its_row_only() -> None:
     assert scale.isnan().flatten().tolist() == [True, False]
 
 
-@pytest.mark.parametrize("rows", [1, 32, 100])
-@pytest.mark.parametrize("with_factors", [False, True])
-def test_a_matrix_by_pieces(rows: int, with_factors: bool) -> None:
-    generator = torch.Generator().manual_seed(rows)
-    weight = torch.randn(77, rows, generator=generator).T  # As a `Conv1D` has it.
-    weight[rows // 2] = 0
-    factors = torch.rand(77, generator=generator) + 0.5 if with_factors else None
-    values = weight.double().numpy() * (1 if factors is None else factors.numpy())
-    largest = np.abs(values).max(1, keepdims=True)
-    scale = np.where(largest > 0, largest / 127, 1)
-    integers, found = grid.quantize_matrix(weight, factors)
-    assert integers.is_contiguous()
-    np.testing.assert_allclose(found.numpy(), scale, rtol=1e-6)
-    # A value between two integers may round either way.
-    np.testing.assert_allclose(integers.numpy(), values / scale, rtol=0, atol=0.5 + 1e-4)
+@pytest.mark.parametrize("rows", [1, 63, 64, 65, 200])
+def test_sums_of_rows_are_those_of_numpy(rows: int) -> None:
+    integers = torch.randint(-128, 128, (rows, 70), dtype=torch.int8)
+    sums = grid.sums_of_rows(integers)
+    np.testing.assert_array_equal(sums.numpy(), integers.numpy().sum(1, dtype=np.int32))
+    # A row of a real model's length does not fit 16 bits.
+    long = torch.full((rows, 1000), -128, dtype=torch.int8)
+    assert grid.sums_of_rows(long).tolist() == [-128_000] * rows

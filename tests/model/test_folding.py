@@ -132,9 +132,9 @@ def test_a_fold_into_a_norm_is_taken_back_to_the_bit(offset: float, dtype: torch
     before = parameters_of(block)
     producer = Producer("norm", torch.arange(HIDDEN), offset)
     # Thirds: what is multiplied by them does not come back by division.
-    undo = fold_reversibly(block, producer, ("fc",), torch.arange(1.0, HIDDEN + 1) / 3, dtype)
+    folded = fold_reversibly(block, producer, ("fc",), torch.arange(1.0, HIDDEN + 1) / 3, dtype)
     assert changed(block, before) >= {"norm.weight", "fc.weight"}
-    undo()
+    folded.undo()
     assert changed(block, before) == set()
 
 
@@ -145,7 +145,7 @@ def test_a_fold_into_a_linear_is_taken_back_to_the_bit(kind: type[nn.Module]) ->
         block.fc1, block.fc2 = Conv1D(INNER, HIDDEN), Conv1D(HIDDEN, INNER)
         nn.init.normal_(block.fc1.bias)
     before = parameters_of(block)
-    undo = fold_reversibly(
+    folded = fold_reversibly(
         block,
         Producer("fc1", torch.arange(INNER)),
         ("fc2",),
@@ -153,7 +153,7 @@ def test_a_fold_into_a_linear_is_taken_back_to_the_bit(kind: type[nn.Module]) ->
         torch.float32,
     )
     assert changed(block, before) == {"fc1.weight", "fc1.bias", "fc2.weight"}
-    undo()
+    folded.undo()
     assert changed(block, before) == set()
 
 
@@ -161,17 +161,19 @@ def test_a_fold_into_a_linear_is_taken_back_to_the_bit(kind: type[nn.Module]) ->
 def test_a_fold_by_powers_of_two_into_experts_is_taken_back_to_the_bit(form: Callable) -> None:
     block = Mixture(form)
     before = parameters_of(block)
-    undo = fold_reversibly(block, NORM, READERS, POWERS_OF_TWO, torch.float32)
+    folded = fold_reversibly(block, NORM, READERS, POWERS_OF_TWO, torch.float32)
     assert len(changed(block, before)) > 4
-    undo()
+    folded.undo()
     assert changed(block, before) == set()
 
 
 def test_a_fold_by_any_scale_is_taken_back_to_the_bit_but_for_experts() -> None:
     block = Mixture(unfuse)
     before = parameters_of(block)
-    undo = fold_reversibly(block, NORM, READERS, torch.arange(1.0, HIDDEN + 1) / 3, torch.bfloat16)
-    undo()
+    folded = fold_reversibly(
+        block, NORM, READERS, torch.arange(1.0, HIDDEN + 1) / 3, torch.bfloat16
+    )
+    folded.undo()
     # Multiplied and divided by the same number: one ulp at most.
     assert {name.partition(".")[0] for name in changed(block, before)} <= {"experts"}
     torch.testing.assert_close(parameters_of(block), before, rtol=2e-7, atol=0)
@@ -180,10 +182,10 @@ def test_a_fold_by_any_scale_is_taken_back_to_the_bit_but_for_experts() -> None:
 def test_what_is_taken_back_is_no_copy_of_the_experts() -> None:
     """It would be as large as the layer."""
     block = Mixture(unfuse)
-    undo = fold_reversibly(block, NORM, READERS, POWERS_OF_TWO, torch.float32)
+    folded = fold_reversibly(block, NORM, READERS, POWERS_OF_TWO, torch.float32)
     matrix = block.experts.expert(1).up.weight
     matrix.data.fill_(3.0)
-    undo()
+    folded.undo()
     assert torch.equal(matrix, (3 / POWERS_OF_TWO).expand_as(matrix))
 
 

@@ -16,7 +16,6 @@ from haq.model.trace import (
     is_reader,
     observe_calls,
     observe_inputs,
-    observe_layers,
     readers_of_one_tensor,
     trace_block,
 )
@@ -146,17 +145,53 @@ def test_watchers_get_the_tokens_of_every_batch_without_padding() -> None:
     assert not any(module._forward_pre_hooks for module in block.modules())
 
 
-def test_watchers_of_layers_get_what_they_give_too() -> None:
+def test_what_comes_after_the_last_watched_module_runs_for_the_first_batch_only() -> None:
     block = Residual()
-    hidden = [torch.randn(2, 3, HIDDEN), torch.randn(1, 4, HIDDEN)]
-    mask = torch.tensor([[False, True, True], [True, True, False]])
-    seen: list[tuple[Tensor, Tensor]] = []
-    watchers = {"fc1": lambda *rows: seen.append(rows)}
-    observe_layers(block, watchers, [batch_of(hidden[0], mask), batch_of(hidden[1])])
+    hidden = [torch.randn(1, count, HIDDEN) for count in (2, 3, 4)]
+    seen: list[Tensor] = []
+    later: list[int] = []
+    block.fc2.register_forward_hook(lambda _, args, output: later.append(output.shape[1]))
+    observe_inputs(block, {"fc1": seen.append}, map(batch_of, hidden))
+    torch.testing.assert_close(seen, [block.norm(h)[0] for h in hidden])
+    assert later == [2]
 
-    inputs = [block.norm(hidden[0])[mask], block.norm(hidden[1]).reshape(-1, HIDDEN)]
-    torch.testing.assert_close(seen, [(x, block.fc1(x)) for x in inputs])
-    assert not any(module._forward_hooks for module in block.modules())
+
+class Sometimes(nn.Module):
+    """Calls its layers as it is told by the number of tokens."""
+
+    def __init__(self, calls: dict[int, str]) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(HIDDEN, HIDDEN) for _ in "abc")
+        self.calls = calls
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        for name in self.calls[hidden_states.shape[1]]:
+            hidden_states = getattr(self, name)(hidden_states)
+        return hidden_states
+
+
+@pytest.mark.parametrize(
+    "calls",
+    [
+        {1: "abc", 2: "abc"},
+        {1: "ab", 2: "abc"},
+        {1: "aba", 2: "abca"},
+        {1: "abc", 2: "ab", 3: "bca"},
+        {1: "bac", 2: "abc", 3: "c", 4: "abc"},
+        {1: "", 2: "cba"},
+    ],
+    ids=lambda calls: ",".join(calls.values()),
+)
+def test_no_call_is_missed_where_batches_differ(calls: dict[int, str]) -> None:
+    block, seen = Sometimes(calls), []
+
+    def watch(name: str) -> Callable[[Tensor], None]:
+        return lambda rows: seen.append((len(rows), name))
+
+    batches = [batch_of(torch.randn(1, count, HIDDEN)) for count in calls]
+    observe_inputs(block, {name: watch(name) for name in "abc"}, batches)
+    expected = [(count, name) for count, names in calls.items() for name in names]
+    assert seen == expected
 
 
 def test_the_input_of_one_layer_ends_the_pass() -> None:

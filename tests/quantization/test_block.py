@@ -18,7 +18,7 @@ from haq.nn import Int8Linear
 from haq.quantization import block as block_module
 from haq.quantization import layers as layers_module
 from haq.quantization import work as work_module
-from haq.quantization.hessian import InverseFactor
+from haq.quantization.hessian import Root
 from haq.quantization.report import LayerReport
 
 HIDDEN, INNER = 16, 64
@@ -318,13 +318,13 @@ def test_what_became_of_a_difficult_hessian_is_noted(
     note: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def difficult(hessian: Tensor, damping: float, **_: bool) -> InverseFactor | None:
+    def difficult(hessian: Tensor, damping: float, **_: bool) -> Root | None:
         # Only the Hessian of `down` is.
         if len(hessian) == HIDDEN:
-            return InverseFactor(torch.eye(HIDDEN), damping, 0.0)
-        return None if factor is None else InverseFactor(torch.eye(INNER), *factor)
+            return Root(torch.eye(HIDDEN), damping, 0.0)
+        return None if factor is None else Root(torch.eye(INNER), *factor)
 
-    monkeypatch.setattr(layers_module, "inverse_factor", difficult)
+    monkeypatch.setattr(layers_module, "triangular_root", difficult)
     block = Block()
     result, layers = quantize_block(block, batches_of(), PLAIN, "blocks.0")
     assert [layer.note for layer in layers] == ["", "", note]
@@ -371,7 +371,7 @@ def test_the_float_block_is_left_alone(config: QuantizationConfig) -> None:
         (work_module, "same_in_block"),
         (work_module, "zero_point_pays"),
         (work_module, "update_quantized"),
-        (layers_module, "inverse_factor"),
+        (layers_module, "triangular_root"),
         (layers_module, "round_with_compensation"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

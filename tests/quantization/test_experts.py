@@ -21,7 +21,7 @@ from haq.nn import Int8Experts, Int8Linear
 from haq.quantization import experts as experts_module
 from haq.quantization import layers as layers_module
 from haq.quantization.experts import MIN_TOKENS, ExpertLayer, nearest_errors, quantize_experts
-from haq.quantization.hessian import InverseFactor, SecondMoment, inverse_factor
+from haq.quantization.hessian import Root, SecondMoment, triangular_root
 from haq.quantization.layers import (
     InputErrors,
     OutputError,
@@ -31,7 +31,7 @@ from haq.quantization.layers import (
     update_quantized,
     zero_point_pays,
 )
-from haq.quantization.smoothing import Candidate, search_candidates
+from haq.quantization.scales import Candidate, search_candidates
 from tests.quantization.test_rounding import correlated_inputs, damped, optimal_brain_surgeon
 
 HIDDEN, INNER, EXPERTS, SLOTS = 16, 12, 4, 2
@@ -445,7 +445,7 @@ def test_an_expert_with_too_few_tokens_is_smoothed_by_what_all_read(count: int) 
             "its input was zero for every token: rounded to nearest",
         ),
         (
-            lambda _, patch: patch.setattr(layers_module, "inverse_factor", lambda *_, **__: None),
+            lambda _, patch: patch.setattr(layers_module, "triangular_root", lambda *_, **__: None),
             "its Hessian could not be factored: rounded to nearest",
         ),
     ],
@@ -516,10 +516,10 @@ def test_inputs_of_zero_leave_nothing_to_round_with() -> None:
     assert rounded.remark == "its input was zero for every token: rounded to nearest"
 
 
-def test_a_hessian_without_factor_leaves_nothing_to_round_with(
+def test_a_hessian_without_root_leaves_nothing_to_round_with(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(layers_module, "inverse_factor", lambda *_, **__: None)
+    monkeypatch.setattr(layers_module, "triangular_root", lambda *_, **__: None)
     rounded = round_together(linears_of(), moment_of(correlated_inputs(50, HIDDEN, 1)), DAMPING)
     assert rounded.modules == {}
     assert rounded.remark == "its Hessian could not be factored: rounded to nearest"
@@ -536,13 +536,13 @@ def test_a_hessian_without_factor_leaves_nothing_to_round_with(
 def test_more_damping_than_asked_for_is_noted(
     damping: float, floor: float, remark: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def factor(hessian: Tensor, asked: float, *, use_up: bool) -> InverseFactor:
+    def root(hessian: Tensor, asked: float, *, use_up: bool) -> Root:
         assert use_up
         assert asked == DAMPING
-        return InverseFactor(inverse_factor(hessian, damping).upper, damping, floor)
+        return Root(triangular_root(hessian, damping).upper, damping, floor)
 
     inputs = correlated_inputs(500, HIDDEN, seed=1)
-    monkeypatch.setattr(layers_module, "inverse_factor", factor)
+    monkeypatch.setattr(layers_module, "triangular_root", root)
     rounded = round_together(linears_of(), moment_of(inputs), DAMPING)
     assert rounded.remark == remark
     assert len(rounded.modules) == 3
@@ -552,7 +552,7 @@ def test_a_hessian_that_needs_more_damping_says_how_much() -> None:
     """Two directions in sixteen channels: with next to no damping, float32 cannot factor it."""
     rng = np.random.default_rng(0)
     inputs = rng.normal(size=(500, 2)) @ rng.normal(size=(2, HIDDEN))
-    needed = inverse_factor(moment_of(inputs).mean(), 1e-12).damping
+    needed = triangular_root(moment_of(inputs).mean(), 1e-12).damping
     assert needed > 1e-12
     rounded = round_together(linears_of(), moment_of(inputs), 1e-12)
     assert rounded.remark == f"damping raised to {needed:g}, diagonal floor 0"

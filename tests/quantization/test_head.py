@@ -667,7 +667,7 @@ def assert_goes_on(model: PreTrainedModel, name: str) -> None:
         "head.find_producer",
         "head.choose_scale_of_layer",
         "head.update_quantized",
-        "head.round_with_compensation",
+        "head.compensated",
     ],
 )
 @pytest.mark.parametrize("name", ["opt", "llama", "mixtral"])

@@ -19,15 +19,15 @@ from haq.model.experts import unfuse
 from haq.model.folding import Producer
 from haq.model.groups import Group, find_groups
 from haq.quantization import smoothing
-from haq.quantization.smoothing import (
+from haq.quantization.sample import ScopeCall, record_scope
+from haq.quantization.scales import (
     Candidate,
     ChannelStatistics,
-    Choice,
     candidate_scale,
-    choose_scale,
-    choose_scale_of_layer,
+    choices,
     search_candidates,
 )
+from haq.quantization.smoothing import choose_scale, choose_scale_of_layer
 
 CHANNELS = 12
 
@@ -227,6 +227,10 @@ def group_of(block: Block, sample: list[BlockBatch]) -> tuple[Group, ChannelStat
     return group, statistics_of(inputs)
 
 
+def calls_of(block: nn.Module, sample: list[BlockBatch]) -> list[ScopeCall]:
+    return record_scope(block, "mlp", sample)
+
+
 @pytest.mark.parametrize("targets", [["mlp.gate", "mlp.up"], ["mlp.up"]], ids=["both", "only up"])
 def test_the_candidate_with_the_smallest_error_is_chosen(targets: list[str]) -> None:
     block, sample = Block(), sample_of()
@@ -234,7 +238,9 @@ def test_the_candidate_with_the_smallest_error_is_chosen(targets: list[str]) -> 
     state = copy.deepcopy(block.state_dict())
     modules = dict(block.named_modules())
 
-    choice = choose_scale(block, group, targets, statistics, sample, search_candidates())
+    choice = choose_scale(
+        block, group, targets, statistics, calls_of(block, sample), search_candidates()
+    )
 
     weight = torch.cat([block.mlp.gate.weight, block.mlp.up.weight]).detach().abs().amax(0)
     scales = {c: candidate_scale(c, statistics, weight) for c in search_candidates()}
@@ -253,7 +259,9 @@ def test_the_first_of_equals_wins() -> None:
     block, sample = Block(), sample_of()
     group, statistics = group_of(block, sample)
     candidates = [Candidate("none", 0.1), Candidate("none", 0.2)]
-    choice = choose_scale(block, group, group.consumers, statistics, sample, candidates)
+    choice = choose_scale(
+        block, group, group.consumers, statistics, calls_of(block, sample), candidates
+    )
     assert choice.candidate == candidates[0]
 
 
@@ -274,8 +282,8 @@ def test_channels_of_one_row_get_the_largest_of_their_scales() -> None:
     rows = torch.tensor([0, 1, 2, 0, 1, 2, 4, 5, 6, 4, 5, 6])
     shared = Group(group.consumers, Producer("norm", rows), group.scope)
     candidate = Candidate("p4", 0.5)
-    choice = choose_scale(block, shared, group.consumers, statistics, sample, [candidate])
-    own = choose_scale(block, group, group.consumers, statistics, sample, [candidate]).scale
+    choice = choose_scale(block, shared, group.consumers, statistics, [], [candidate])
+    own = choose_scale(block, group, group.consumers, statistics, [], [candidate]).scale
     expected = [max(own[rows == row]) for row in rows]
     assert choice.scale.tolist() == [value.item() for value in expected]
 
@@ -292,8 +300,11 @@ def test_padding_has_no_say() -> None:
         for batch in sample
     ]
     arguments = (block, group, group.consumers, statistics)
-    choice = choose_scale(*arguments, sample, search_candidates())
-    assert choose_scale(*arguments, noisy, search_candidates()).candidate == choice.candidate
+    choice = choose_scale(*arguments, calls_of(block, sample), search_candidates())
+    assert (
+        choose_scale(*arguments, calls_of(block, noisy), search_candidates()).candidate
+        == choice.candidate
+    )
 
 
 def test_a_trial_that_fails_leaves_the_block() -> None:
@@ -307,7 +318,9 @@ def test_a_trial_that_fails_leaves_the_block() -> None:
 
     block.mlp.down.register_forward_pre_hook(interrupt)
     with pytest.raises(KeyboardInterrupt):
-        choose_scale(block, group, group.consumers, statistics, sample, search_candidates())
+        choose_scale(
+            block, group, group.consumers, statistics, calls_of(block, sample), search_candidates()
+        )
     assert dict(block.named_modules()) == modules
 
 
@@ -324,7 +337,9 @@ def test_scales_can_be_powers_of_two_and_are_judged_as_such(candidates: list[Can
     block, sample = Block(), sample_of()
     group, statistics = group_of(block, sample)
     targets = list(group.consumers)
-    choice = choose_scale(block, group, targets, statistics, sample, candidates, powers_of_two=True)
+    choice = choose_scale(
+        block, group, targets, statistics, calls_of(block, sample), candidates, powers_of_two=True
+    )
     weight = torch.cat([block.mlp.gate.weight, block.mlp.up.weight]).detach().abs().amax(0)
     scales = {
         c: rounded_to_powers_of_two(candidate_scale(c, statistics, weight)) for c in candidates
@@ -338,7 +353,14 @@ def test_rounded_scales_may_be_best_with_another_candidate() -> None:
     """Or a test that they are judged as rounded would show nothing."""
     block, sample = Block(), sample_of()
     group, statistics = group_of(block, sample)
-    arguments = (block, group, group.consumers, statistics, sample, search_candidates())
+    arguments = (
+        block,
+        group,
+        group.consumers,
+        statistics,
+        calls_of(block, sample),
+        search_candidates(),
+    )
     assert (
         choose_scale(*arguments).candidate != choose_scale(*arguments, powers_of_two=True).candidate
     )
@@ -458,9 +480,10 @@ def test_one_scale_for_all_experts_is_judged_by_their_sum() -> None:
     assert (group.consumers, group.routers) == (("mlp.experts",), ("mlp.router",))
     inputs = torch.cat([block.norm(batch.hidden)[batch.mask] for batch in sample]).detach()
     statistics = statistics_of(inputs)
+    calls = record_scope(block, group.scope, sample)
     state, modules = copy.deepcopy(block.state_dict()), dict(block.named_modules())
 
-    choice = choose_scale(block, group, group.consumers, statistics, sample, search_candidates())
+    choice = choose_scale(block, group, group.consumers, statistics, calls, search_candidates())
 
     ups = torch.cat([expert.up.weight for expert in block.mlp.experts.experts])
     weight = ups.detach().abs().amax(0)
@@ -476,12 +499,11 @@ def test_one_scale_for_all_experts_is_judged_by_their_sum() -> None:
 def test_most_candidates_are_told_from_the_best_by_a_part_of_the_sample() -> None:
     """The finalists, all the rest; and the same choice as if all had been judged on all."""
     block, sample = Block(), [sample_of()[0]] * 2 + sample_of()
-    calls = smoothing._record_scope(block, "mlp", sample)
+    calls = calls_of(block, sample)
     enough = int(calls[0].mask.sum()) + int(calls[1].mask.sum())
     group, statistics = group_of(block, sample)
-    options = [
-        Choice(smoothing._group_scale(c, block, group, statistics), c) for c in search_candidates()
-    ]
+    weight = torch.cat([block.mlp.gate.weight, block.mlp.up.weight]).detach().abs().amax(0)
+    options = choices(search_candidates(), statistics, weight)
 
     class Trial(smoothing._Trial):
         judged: ClassVar[list[tuple[int, int]]] = []

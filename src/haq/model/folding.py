@@ -73,14 +73,27 @@ def _matrices_of(reader: nn.Module, channels: int) -> list[Tensor]:
     return [matrix for matrix in input_matrices(reader) if matrix.shape[1] == channels]
 
 
+@dataclass(frozen=True)
+class Folded:
+    """A scale that was folded.
+
+    Attributes:
+        applied: float32 ``[K]``: the scale that was really applied.
+        undo: takes it back.
+    """
+
+    applied: Tensor
+    undo: Callable[[], None]
+
+
 def fold_reversibly(
     block: nn.Module,
     producer: Producer,
     readers: tuple[str, ...],
     scale: Tensor,
     dtype: torch.dtype,
-) -> Callable[[], None]:
-    """`fold`; calling what is returned takes it back.
+) -> Folded:
+    """`fold`, so that it can be taken back.
 
     Bit for bit, but for experts: a copy of all of a layer's would be as large as the layer, so they
     are divided by what they were multiplied with, which is exact for powers of two.
@@ -97,7 +110,7 @@ def fold_reversibly(
             for matrix in _matrices_of(module, len(applied)):
                 matrix.div_(applied)
 
-    return undo
+    return Folded(applied, undo)
 
 
 def same_function(

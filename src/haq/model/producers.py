@@ -159,14 +159,14 @@ class _Search:
         module = self.block.get_submodule(producer.name)
         # Powers of two again: no choice of experts can turn by rounding.
         scale = _powers_of_two(num_rows(module), self.batch.hidden.device)[producer.rows]
-        undo = fold_reversibly(
+        folded = fold_reversibly(
             self.block, producer, self.consumers + self.routers, scale, torch.float32
         )
         try:
-            folded = run_block(self.block, self.batch)
+            output = run_block(self.block, self.batch)
         finally:
-            undo()
-        return same_function(self.batch.hidden, self.trace.output, folded)
+            folded.undo()
+        return same_function(self.batch.hidden, self.trace.output, output)
 
 
 @dataclass(frozen=True)

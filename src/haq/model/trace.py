@@ -1,12 +1,12 @@
 """What happens inside a block in one forward pass: who read which tensor, and what came out."""
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from haq.model.blocks import BlockBatch, run_block, token_rows
 from haq.model.experts import dense_layers, is_experts
@@ -118,34 +118,34 @@ def observe_calls(
 ) -> None:
     """Run ``block`` on every batch and show each watched module's calls to its watcher.
 
+    What comes after the last of them need not run. Where the first batch calls each watched module
+    once, which one is the last is known for the others.
+
     Args:
         block: a decoder block.
         watchers: by module name in the block.
         batches: what to run on.
     """
     masks: list[Tensor] = []
+    called: list[str] = []
+    last: str | None = None
 
-    def note(watch: Watcher, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def note(name: str, watch: Watcher, module: nn.Module, args: tuple[Any, ...]) -> None:
         watch(args, masks[-1])
+        called.append(name)
+        if name == last:
+            raise _Reached(args[0])
 
     handles = [
-        block.get_submodule(name).register_forward_pre_hook(partial(note, watch))
+        block.get_submodule(name).register_forward_pre_hook(partial(note, name, watch))
         for name, watch in watchers.items()
     ]
-    _run_watched(block, batches, handles, masks)
-
-
-def _run_watched(
-    block: nn.Module,
-    batches: Iterable[BlockBatch],
-    handles: Iterable[RemovableHandle],
-    masks: list[Tensor],
-) -> None:
-    """Run ``block`` on every batch, whose mask is the last of ``masks``; then remove the hooks."""
     try:
         for batch in batches:
-            masks[:] = [batch.mask]
-            run_block(block, batch)
+            masks[:], called[:] = [batch.mask], []
+            with contextlib.suppress(_Reached):
+                run_block(block, batch)
+            last = called[-1] if called and sorted(called) == sorted(watchers) else None
     finally:
         for handle in handles:
             handle.remove()
@@ -163,29 +163,3 @@ def observe_inputs(
 ) -> None:
     """Run ``block`` on every batch and hand each watched module's `input_rows` to its watcher."""
     observe_calls(block, {name: input_rows(watch) for name, watch in watchers.items()}, batches)
-
-
-def observe_layers(
-    block: nn.Module,
-    watchers: Mapping[str, Callable[[Tensor, Tensor], None]],
-    batches: Iterable[BlockBatch],
-) -> None:
-    """Run ``block`` on every batch; show each watched layer's input and output rows to its watcher.
-
-    Args:
-        block: a decoder block.
-        watchers: by name of a linear in the block; they take ``[tokens, K]`` and ``[tokens, N]``.
-        batches: what to run on.
-    """
-    masks: list[Tensor] = []
-
-    def note(
-        watch: Callable[[Tensor, Tensor], None], module: nn.Module, args: Any, output: Tensor
-    ) -> None:
-        watch(token_rows(args[0], masks[-1]), token_rows(output, masks[-1]))
-
-    handles = [
-        block.get_submodule(name).register_forward_hook(partial(note, watch))
-        for name, watch in watchers.items()
-    ]
-    _run_watched(block, batches, handles, masks)

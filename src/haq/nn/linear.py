@@ -7,7 +7,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from haq.int8 import grid, matmul
+from haq.int8 import matmul
+from haq.int8.matrix import quantize_matrix
 from haq.int8.tokens import RoundedTokens, row_sums
 from haq.nn.handles import register, registered
 
@@ -97,7 +98,7 @@ class Int8Linear(nn.Module):
                 raise TypeError(f"`{name}` must be a float tensor, got {values.dtype}.")
         weight = weight.detach()
         _check_matrix("weight", weight)
-        integers, scale = grid.quantize_matrix(weight)
+        integers, scale = quantize_matrix(weight)
         _check_finite("weight", scale, "of its rows")  # As it is where the row is.
         bias = None if bias is None else bias.float()
         return cls(integers, scale, bias, asymmetric=asymmetric)

@@ -47,18 +47,21 @@ def quantize_block(
     work = BlockWork(block, name, excluded, config, processes, use_up=use_up)
     give_back()
     some = evenly_spread(batches, config.search_tokens)
-    sample = [batch.float() for batch in some]
-    probe = shortened(work.block, sample[0])
+    probe = shortened(work.block, some[0].float())
     groups = find_groups(work.block, probe)
     work.check_weights_are_only_multiplied(groups, probe)
-    routed = work.routed_inputs(sample)
-    plain = work.output_errors(work.round_to_nearest(), sample)
-    plain_experts = {n: nearest_errors(e, routed[n], config) for n, e in work.experts.items()}
+    statistics, sample = work.observe_sample(groups, batches, some)
+    modules = work.round_to_nearest()
+    plain = work.output_errors(modules, sample)
+    plain_experts = {
+        n: nearest_errors(e, sample.routed[n], config) for n, e in work.experts.items()
+    }
 
-    statistics = work.channel_statistics(groups, batches)
+    work.observe_rest(modules, statistics, batches, some)
+    del modules
     for group in groups:
         give_back()
-        work.smooth(group, statistics[group.consumers], sample, probe)
+        work.smooth(group, statistics[group.consumers], sample, some, probe)
 
     work.choose_zero_points(groups, sample)
     give_back()
@@ -73,7 +76,7 @@ def quantize_block(
     _restore_dtypes(work.block, block)
     report = BlockReport(
         work.reports(modules, plain, errors) + layers,
-        work.routing_reports(experts, inputs, routed, some),
+        work.routing_reports(experts, inputs, sample.routed, some),
     )
     return work.block, report
 

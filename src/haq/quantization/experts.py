@@ -28,7 +28,8 @@ from haq.quantization.layers import (
     update_quantized,
     zero_point_pays,
 )
-from haq.quantization.smoothing import Candidate, ChannelStatistics, choose_scale_of_layer
+from haq.quantization.scales import Candidate, ChannelStatistics
+from haq.quantization.smoothing import choose_scale_of_layer
 
 # With fewer tokens than this the Hessian is that of a few texts, and rounding with it would fit
 # what they happen to contain.

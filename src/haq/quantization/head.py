@@ -22,10 +22,11 @@ from haq.model.tail import Route, Tail
 from haq.model.trace import observe_inputs, trace_block
 from haq.nn import Int8Linear
 from haq.processes import ALONE, Processes
-from haq.quantization.hessian import InverseFactor, SecondMoment
+from haq.quantization.hessian import Root, SecondMoment
 from haq.quantization.layers import (
     InputErrors,
     OutputError,
+    compensated,
     factored,
     nearest,
     update_quantized,
@@ -33,8 +34,8 @@ from haq.quantization.layers import (
 )
 from haq.quantization.notes import Notes, layer_report
 from haq.quantization.report import LayerReport
-from haq.quantization.rounding import round_with_compensation
-from haq.quantization.smoothing import ChannelStatistics, choose_scale_of_layer
+from haq.quantization.scales import ChannelStatistics
+from haq.quantization.smoothing import choose_scale_of_layer
 from haq.quantization.work import candidates, floats
 
 # Rows of the head that are in float32 at a time: 134 MB of a matrix with 4096 columns.
@@ -100,8 +101,7 @@ def quantize_head(
 
     inputs = work.inputs(sample)
     work.choose_zero_point(inputs)
-    factor = work.factor(batches)
-    module, after = work.round(factor, inputs)
+    module, after = work.round(work.root(batches), inputs)
     report = layer_report(route.head, module, work.notes, before.relative(), after.relative())
     return QuantizedHead(route.head, module, producer, report)
 
@@ -246,7 +246,7 @@ class _HeadWork:
             total.asymmetric += errors.asymmetric
         self.asymmetric = zero_point_pays([total])
 
-    def factor(self, batches: Sequence[BlockBatch]) -> InverseFactor | None:
+    def root(self, batches: Sequence[BlockBatch]) -> Root | None:
         """What rounding takes of the second moments of the quantized input; None: to nearest."""
         if self.config.rounding == "nearest":
             return None
@@ -260,19 +260,17 @@ class _HeadWork:
         moment.sum_over(self.processes)
         found = factored(moment, self.config.damping)
         self.notes.remarks += [found.remark] if found.remark else []
-        self.notes.rounding = "nearest" if found.factor is None else "hessian"
-        return found.factor
+        self.notes.rounding = "nearest" if found.root is None else "hessian"
+        return found.root
 
-    def round(
-        self, factor: InverseFactor | None, inputs: Tensor
-    ) -> tuple[Int8Linear, OutputErrors]:
+    def round(self, root: Root | None, inputs: Tensor) -> tuple[Int8Linear, OutputErrors]:
         """The int8 head, and its error on inputs ``[T, K]``."""
         shape = weight_view(self.route.matrix).shape
         weight = torch.empty(shape, dtype=torch.int8, device=inputs.device)
         scale = torch.empty(shape[0], 1, device=inputs.device)
         errors, start = OutputErrors(), 0
         for part in self.parts():
-            module = self._rounded(part, factor)
+            module = self._rounded(part, root)
             errors.add(part, module, inputs)
             rows = slice(start, start + module.out_features)
             weight[rows], scale[rows] = module.weight, module.weight_scale
@@ -282,11 +280,7 @@ class _HeadWork:
             bias = bias.to(torch.float32, copy=True)
         return Int8Linear(weight, scale, bias, asymmetric=self.asymmetric), errors
 
-    def _rounded(self, part: nn.Module, factor: InverseFactor | None) -> Int8Linear:
-        plain = nearest(part, self.asymmetric)
-        if factor is None:
-            return plain
-        # Each row is rounded by itself: it makes no difference to it which others are there.
-        integers = round_with_compensation(weight_view(part), plain.weight_scale, factor.upper)
-        bias = bias_view(part)
-        return Int8Linear(integers, plain.weight_scale, bias, asymmetric=self.asymmetric)
+    def _rounded(self, part: nn.Module, root: Root | None) -> Int8Linear:
+        if root is None:
+            return nearest(part, self.asymmetric)
+        return compensated(part, root, self.asymmetric)

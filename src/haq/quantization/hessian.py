@@ -1,4 +1,4 @@
-"""Second moments of a layer's input, and the factor of their inverse that rounding needs.
+"""Second moments of a layer's input, and the root of them that rounding needs.
 
 The squared error that replacing weights W by Q makes in a layer's output, summed over tokens, is
 
@@ -82,11 +82,11 @@ def _mirrored(left: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class InverseFactor:
-    """The upper triangular U ``[K, K]`` with ``(H + damping) ^ -1 = U^T U``, and what it took.
+class Root:
+    """The upper triangular R ``[K, K]`` with ``H + damping = R R^T``, and what it took.
 
     Attributes:
-        upper: U, in the dtype of H.
+        upper: R, in the dtype of H.
         damping: fraction of H's mean diagonal that was added to its diagonal.
         floor: fraction of H's largest diagonal entry that the diagonal was raised to; 0 if not.
     """
@@ -96,10 +96,8 @@ class InverseFactor:
     floor: float
 
 
-def inverse_factor(
-    hessian: Tensor, damping: float, *, use_up: bool = False
-) -> InverseFactor | None:
-    """Factor the inverse of the damped Hessian; add damping until it works.
+def triangular_root(hessian: Tensor, damping: float, *, use_up: bool = False) -> Root | None:
+    """Factor the damped Hessian; add damping until it works.
 
     Damping grows tenfold up to the mean diagonal, then small diagonal entries are raised. A channel
     that is zero in every token has an empty row and column: it is given a diagonal of 1, which
@@ -111,12 +109,12 @@ def inverse_factor(
         use_up: give the memory of ``hessian`` back as soon as it is factored.
 
     Returns:
-        The factor, or None if nothing made the matrix positive definite.
+        The root, or None if nothing made the matrix positive definite.
 
     Examples:
-        >>> inverse_factor(torch.tensor([[4.0, 0.0], [0.0, 0.0]]), damping=1e-9).upper
-        tensor([[0.5000, 0.0000],
-                [0.0000, 1.0000]])
+        >>> triangular_root(torch.tensor([[4.0, 0.0], [0.0, 0.0]]), damping=1e-9).upper
+        tensor([[2., 0.],
+                [0., 1.]])
     """
     diagonal = hessian.diagonal()
     dead = diagonal == 0
@@ -129,7 +127,7 @@ def inverse_factor(
         if root is not None:
             if use_up:
                 hessian.untyped_storage().resize_(0)
-            return InverseFactor(_inverse_of_reversed(root), level, floor)
+            return Root(root.flip(0, 1), level, floor)
     return None
 
 
@@ -140,11 +138,10 @@ def _damping_levels(first: float) -> list[float]:
     return levels
 
 
-# ``M = R R^T`` with R upper triangular is a Cholesky factorization from the last row up, and U with
-# ``M ^ -1 = U^T U`` is the inverse of R. With J, which reverses the order, that is the usual one,
-# ``J M J = L L^T``, with ``R = J L J``, so ``U = J L^-1 J``. The inverse of M itself, the less
-# accurate way, is never formed. In memory are at most two matrices at a time, the one that is given
-# among them if it is used up: for an expert of Mixtral each takes 822 MB.
+# ``M = R R^T`` with R upper triangular is a Cholesky factorization from the last row up. With J,
+# which reverses the order, that is the usual one: ``J M J = L L^T`` with ``R = J L J``. In memory
+# are at most two matrices at a time, the one that is given among them if it is used up: for an
+# expert of Mixtral each takes 822 MB.
 
 
 def _reversed_root(matrix: Tensor, diagonal: Tensor) -> Tensor | None:
@@ -157,34 +154,3 @@ def _reversed_root(matrix: Tensor, diagonal: Tensor) -> Tensor | None:
     # Both ends are NaN where there is one; `isfinite` of all would take another matrix.
     finite = bool(lower.amin().isfinite()) and bool(lower.amax().isfinite())
     return lower if finite and not failed else None
-
-
-def _inverse_of_reversed(lower: Tensor) -> Tensor:
-    """``J L^-1 J``. ``lower`` is used up."""
-    _invert(lower)
-    inverse = lower.flip(0, 1)
-    lower.untyped_storage().resize_(0)
-    return inverse
-
-
-# So large a triangle is inverted as a whole.
-_WHOLE = 512
-
-
-def _invert(lower: Tensor) -> None:
-    """Invert a lower triangle in its own memory.
-
-    By halves, ``[[A, 0], [C, B]]^-1 = [[A^-1, 0], [-B^-1 C A^-1, B^-1]]``, which computes nothing
-    above the diagonal: a third of what solving for the identity does.
-    """
-    if len(lower) <= _WHOLE:
-        identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
-        lower.copy_(torch.linalg.solve_triangular(lower, identity, upper=False))
-        return
-    half = len(lower) // 2
-    first, last = lower[:half, :half], lower[half:, half:]
-    corner = lower[half:, :half]
-    corner.copy_(torch.linalg.solve_triangular(last, corner, upper=False))
-    corner.copy_(torch.linalg.solve_triangular(first, corner, upper=False, left=False).neg_())
-    _invert(first)
-    _invert(last)

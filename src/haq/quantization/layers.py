@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -11,7 +10,7 @@ from haq.int8 import grid
 from haq.int8.tokens import round_tokens
 from haq.model.linears import bias_view, weight_view
 from haq.nn import Int8Linear
-from haq.quantization.hessian import InverseFactor, SecondMoment, inverse_factor
+from haq.quantization.hessian import Root, SecondMoment, triangular_root
 from haq.quantization.rounding import round_with_compensation
 
 # Share of the squared error that may be left. It tells most inputs that come out of an activation,
@@ -47,7 +46,7 @@ def round_together(
     damping: float,
     asymmetric: bool = False,
 ) -> Rounded:
-    """Linears that share an input share the factor of its Hessian, and are rounded as one matrix.
+    """Linears that share an input share the root of its Hessian.
 
     Args:
         linears: by name, float32.
@@ -56,19 +55,18 @@ def round_together(
         asymmetric: how their input is rounded.
     """
     found = factored(moment, damping)
-    if found.factor is None:
+    if found.root is None:
         return Rounded(remark=found.remark)
-    weights = [weight_view(linear) for linear in linears.values()]
-    stacked = weights[0] if len(weights) == 1 else torch.cat(weights)
-    scale = grid.row_scale(stacked)
-    integers = round_with_compensation(stacked, scale, found.factor.upper)
-    sizes = [len(weight) for weight in weights]
-    parts = zip(linears.items(), integers.split(sizes), scale.split(sizes), strict=True)
-    modules = {
-        name: Int8Linear(q.contiguous(), s, bias_view(linear), asymmetric=asymmetric)
-        for (name, linear), q, s in parts
-    }
+    modules = {n: compensated(m, found.root, asymmetric) for n, m in linears.items()}
     return Rounded(modules, found.remark)
+
+
+def compensated(linear: nn.Module, root: Root, asymmetric: bool = False) -> Int8Linear:
+    """A linear, or some rows of one, rounded with compensation: each row is by itself."""
+    weight, bias = weight_view(linear), bias_view(linear)
+    scale = grid.row_scale(weight)
+    integers = round_with_compensation(weight, scale, root.upper)
+    return Int8Linear(integers, scale, bias, asymmetric=asymmetric)
 
 
 @dataclass(frozen=True)
@@ -76,16 +74,16 @@ class Factored:
     """What rounding takes of a Hessian, and what did not go as configured.
 
     Attributes:
-        factor: None if the Hessian is of no use.
+        root: None if the Hessian is of no use.
         remark: empty if all is well.
     """
 
-    factor: InverseFactor | None
+    root: Root | None
     remark: str = ""
 
 
 def factored(moment: SecondMoment, damping: float) -> Factored:
-    """The factor of a Hessian.
+    """The root of a Hessian.
 
     Args:
         moment: of an input as the int8 product will see it. Used up: its memory is freed.
@@ -94,14 +92,12 @@ def factored(moment: SecondMoment, damping: float) -> Factored:
     hessian = moment.take_mean()
     if not bool(hessian.diagonal().any()):
         return Factored(None, "its input was zero for every token: rounded to nearest")
-    factor = inverse_factor(hessian, damping, use_up=True)
-    if factor is None:
+    root = triangular_root(hessian, damping, use_up=True)
+    if root is None:
         return Factored(None, "its Hessian could not be factored: rounded to nearest")
-    if factor.damping == damping:
-        return Factored(factor)
-    return Factored(
-        factor, f"damping raised to {factor.damping:g}, diagonal floor {factor.floor:g}"
-    )
+    if root.damping == damping:
+        return Factored(root)
+    return Factored(root, f"damping raised to {root.damping:g}, diagonal floor {root.floor:g}")
 
 
 def update_quantized(moment: SecondMoment, inputs: Tensor, asymmetric: bool = False) -> None:

@@ -15,13 +15,7 @@ from haq.model.groups import Group
 from haq.model.linears import weight_view
 from haq.model.routing import RoutedInputs, share_changed
 from haq.model.stand_ins import installed
-from haq.model.trace import (
-    Watcher,
-    input_rows,
-    observe_calls,
-    observe_inputs,
-    observe_layers,
-)
+from haq.model.trace import Watcher, input_rows, observe_calls, observe_inputs
 from haq.nn import Int8Experts, Int8Linear
 from haq.processes import ALONE, Processes
 from haq.quantization.experts import MIN_TOKENS, Errors, quantize_experts
@@ -36,12 +30,12 @@ from haq.quantization.layers import (
 )
 from haq.quantization.notes import Notes, expert_reports, layer_report
 from haq.quantization.report import LayerReport, RoutingReport
-from haq.quantization.smoothing import (
-    Candidate,
-    ChannelStatistics,
-    choose_scale,
-    search_candidates,
-)
+from haq.quantization.sample import Sample
+from haq.quantization.scales import Candidate, ChannelStatistics, search_candidates
+from haq.quantization.smoothing import choose_scale
+
+Statistics = dict[tuple[str, ...], ChannelStatistics]
+"""Of the input of each group, by its consumers."""
 
 
 class BlockWork:
@@ -102,35 +96,79 @@ class BlockWork:
                     f'"*.{name.rpartition(".")[2]}" to `exclude` to keep it float.'
                 )
 
-    def routed_inputs(self, batches: Iterable[BlockBatch]) -> dict[str, RoutedInputs]:
-        """What enters the experts of the block as it is, by name of the experts."""
-        inputs = {n: RoutedInputs(len(experts)) for n, experts in self.experts.items()}
-        if inputs:
-            observe_calls(self.block, {n: seen.watch for n, seen in inputs.items()}, batches)
-        return inputs
+    def observe_sample(
+        self, groups: Sequence[Group], batches: Sequence[BlockBatch], some: Sequence[BlockBatch]
+    ) -> tuple[Statistics, Sample]:
+        """Run the block as it is on those batches that later steps judge by.
 
-    def channel_statistics(
-        self, groups: Sequence[Group], batches: Sequence[BlockBatch]
-    ) -> dict[tuple[str, ...], ChannelStatistics]:
-        """How large each input channel of each group gets, over all calibration tokens."""
+        Args:
+            groups: the block's.
+            batches: everything that it is given.
+            some: those among them.
+
+        Returns:
+            How large each input channel of each group gets in this process's part of them; and what
+            the block computes from all of them.
+        """
         statistics = {g.consumers: ChannelStatistics(*self._input_of(g)) for g in groups}
+        sample = self._sample(groups, some)
+        counting = {names[0]: seen.update for names, seen in statistics.items()}
+        shared = {id(batch) for batch in self.processes.share(batches)}
+        for batch in some:
+            with sample.watching(batch.mask):
+                watchers = counting if id(batch) in shared else {}
+                observe_inputs(self.block, watchers, [batch.float()])
+        return statistics, sample
+
+    def observe_rest(
+        self,
+        modules: Mapping[str, Int8Linear],
+        statistics: Statistics,
+        batches: Sequence[BlockBatch],
+        some: Sequence[BlockBatch],
+    ) -> None:
+        """Add what the channels are like in all other batches to the statistics.
+
+        A scale is a power of these numbers, and the sample says which: that they come from linears
+        that are int8, and several times as fast, changes nothing that matters.
+
+        Args:
+            modules: int8 linears, rounded to nearest.
+            statistics: of the sample; completed, and those of all processes.
+            batches: everything that the block is given.
+            some: the batches of the sample.
+        """
+        seen_already = {id(batch) for batch in some}
+        rest = [b for b in self.processes.share(batches) if id(b) not in seen_already]
         watchers = {names[0]: seen.update for names, seen in statistics.items()}
-        observe_inputs(self.block, watchers, floats(self.processes.share(batches)))
+        with installed(self.block, modules):
+            observe_inputs(self.block, watchers, floats(rest))
         for names, seen in statistics.items():
             seen.sum_over(self.processes)
-            if not bool(seen.maximum.isfinite().all()):
-                raise RuntimeError(
-                    f"The input of `{self.name}.{names[0]}` is NaN or infinite for a calibration "
-                    "batch. Check that the float model gives finite logits for it; a float16 model "
-                    "that overflows can be loaded in bfloat16 or float32."
-                )
-        return statistics
+            self._check_finite(names[0], seen)
+
+    def _sample(self, groups: Sequence[Group], some: Sequence[BlockBatch]) -> Sample:
+        """Of large batches as many tokens of each linear as the search is to be judged on."""
+        searched = len(candidates(self.config)) > 1
+        scopes = {g.scope for g in groups if g.producer is not None and searched}
+        tokens = sum(int(batch.mask.sum()) for batch in some)
+        step = max(1, tokens // self.config.search_tokens)
+        return Sample(self.block, self.linears, scopes, self.experts, step)
+
+    def _check_finite(self, name: str, seen: ChannelStatistics) -> None:
+        if not bool(seen.maximum.isfinite().all()):
+            raise RuntimeError(
+                f"The input of `{self.name}.{name}` is NaN or infinite for a calibration "
+                "batch. Check that the float model gives finite logits for it; a float16 model "
+                "that overflows can be loaded in bfloat16 or float32."
+            )
 
     def smooth(
         self,
         group: Group,
         statistics: ChannelStatistics,
-        sample: Sequence[BlockBatch],
+        sample: Sample,
+        some: Sequence[BlockBatch],
         probe: BlockBatch,
     ) -> None:
         """Choose a scale for the group's input and fold it, or leave the group as it is.
@@ -139,6 +177,7 @@ class BlockWork:
             group: one of the block's.
             statistics: of its input.
             sample: what the choice is judged on.
+            some: the batches that it is of.
             probe: what has to come out of the block unchanged.
         """
         targets = [name for name in group.consumers if name in self.notes]
@@ -151,39 +190,43 @@ class BlockWork:
             for name in targets if self.config.smoothing != "none" else ():
                 self.notes[name].remarks.append(f"not smoothed: `{kept[0]}` is excluded")
             return
+        options = candidates(self.config)
         choice = choose_scale(
             self.block,
             group,
             targets,
             statistics,
-            sample,
-            candidates(self.config),
+            sample.calls_of(group.scope, some) if len(options) > 1 else [],
+            options,
             # A router's weight stays in 16 bit: rounding it again would move tokens to others.
             powers_of_two=bool(group.routers) and self.dtype != torch.float32,
         )
         if self._output is None:
             self._output = run_block(self.block, probe)
         dtype = self.original.get_parameter(f"{group.producer.name}.weight").dtype
-        undo = fold_reversibly(self.block, group.producer, group.readers, choice.scale, dtype)
-        folded = run_block(self.block, probe)
-        exact = same_in_block(self.block, probe.hidden, self._output, folded)
-        self._output = folded if exact else None
-        if not exact:
-            undo()
+        folded = fold_reversibly(self.block, group.producer, group.readers, choice.scale, dtype)
+        output = run_block(self.block, probe)
+        exact = same_in_block(self.block, probe.hidden, self._output, output)
+        self._output = output if exact else None
+        if exact:
+            sample.fold(group, folded.applied)
+        else:
+            folded.undo()
         for name in targets:
             if exact:
                 self.notes[name].smoothing = str(choice.candidate)
             else:
                 self.notes[name].remarks.append("folding changed the block: not smoothed")
 
-    def choose_zero_points(self, groups: Sequence[Group], sample: Sequence[BlockBatch]) -> None:
+    def choose_zero_points(self, groups: Sequence[Group], sample: Sample) -> None:
         """Decide for each group whether its input is rounded with a zero point for each token."""
         if not self.config.asymmetric_inputs:
             return
-        errors = {t: InputErrors(self.linears[n] for n in t) for _, t in self._targets(groups)}
-        observe_inputs(self.block, {names[0]: e.update for names, e in errors.items()}, sample)
-        for names, error in errors.items():
-            if zero_point_pays([error]):
+        for _, names in self._targets(groups):
+            errors = InputErrors(self.linears[n] for n in names)
+            for inputs, _ in sample.of_linear(names[0]):
+                errors.update(inputs)
+            if zero_point_pays([errors]):
                 self.asymmetric.update(names)
 
     def round_to_nearest(self) -> dict[str, Int8Linear]:
@@ -252,14 +295,15 @@ class BlockWork:
             reports += expert_reports(f"{self.name}.{name}", done, self.notes[name], plain[name])
         return modules, reports
 
-    def output_errors(
-        self, modules: Mapping[str, Int8Linear], sample: Sequence[BlockBatch]
-    ) -> dict[str, float]:
+    def output_errors(self, modules: Mapping[str, Int8Linear], sample: Sample) -> dict[str, float]:
         """Relative squared error of each int8 module's output on what its linear reads."""
-        errors = {name: OutputError(self.linears[name], modules[name]) for name in modules}
-        watchers = {name: error.update for name, error in errors.items()}
-        observe_layers(self.block, watchers, sample)
-        return {name: error.relative() for name, error in errors.items()}
+        return {name: self._output_error(name, modules[name], sample) for name in modules}
+
+    def _output_error(self, name: str, module: Int8Linear, sample: Sample) -> float:
+        error = OutputError(self.linears[name], module)
+        for inputs, exact in sample.of_linear(name):
+            error.update(inputs, exact)
+        return error.relative()
 
     def reports(
         self,

@@ -33,6 +33,7 @@ GROUP = (
 _ADDRESSES = {"tokens", "integers", "scales", "shifts", "out"}
 _ADDRESSES |= {"weight", "scale", "sums", "bias", "row_sums"}
 _ADDRESSES |= {"query", "key", "value", "mask", "scores", "room"}  # of attention
+_ADDRESSES |= {"factors", "shares", "owed", "differences"}  # of rounding a weight
 
 
 class Told:

@@ -1,7 +1,7 @@
 """A token on the grid: the arithmetic of `haq.int8.tokens.round_tokens`, bit for bit."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from haq.int8 import grid
@@ -15,11 +15,12 @@ from haq.int8.llvm.words import (
     Code,
     Value,
     constant,
-    lanes_of,
+    larger,
     number,
     parts,
+    reduced,
+    rounded,
     spread,
-    suffix,
     vector,
 )
 
@@ -58,7 +59,7 @@ def define(module: object, rounding: Rounding, dots: Dots, lanes: int) -> Value:
     elif rounding.asymmetric:
         writer.write(*_with_zero_point(code, writer, scale, shift))
     else:
-        largest = code.bitcast(writer.largest_bits(), FLOAT)
+        largest = writer.largest()
         smallest = constant(FLOAT, grid.SMALLEST_SCALE * grid.QMAX)
         size = code.fdiv(_at_least(code, largest, smallest), constant(FLOAT, grid.QMAX))
         code.store(size, scale)
@@ -75,9 +76,9 @@ def _with_zero_point(
     size = code.fdiv(code.fsub(high, low), steps)
     size = _at_least(code, size, constant(FLOAT, grid.SMALLEST_SCALE))
     # Comparisons let NaN pass by; what all tokens' bits say does not.
-    largest = code.bitcast(writer.largest_bits(), FLOAT)
+    largest = writer.largest()
     size = code.select(code.fcmp_unordered("uno", largest, largest), largest, size)
-    zero = code.fsub(_rounded(code, code.fdiv(low, size)), constant(FLOAT, _LOWEST))
+    zero = code.fsub(rounded(code, code.fdiv(low, size)), constant(FLOAT, _LOWEST))
     code.store(size, scale)
     code.store(zero, shift)
     return size, zero
@@ -108,18 +109,14 @@ class _Writer:
     def _parts(self) -> list[tuple[int, Value, Value]]:
         return parts(self.code, self.length, self.lanes)
 
-    def largest_bits(self) -> Value:
-        """The largest magnitude's bits, which as integers grow with it, and NaN's are above all."""
-        code, best = self.code, self.code.variable(I32, number(0, I32))
-        for lanes, start, stop in self._parts():
-            kind = vector(I32, lanes)
-            here = code.variable(kind, number(0, kind))
-            with self._each(lanes, start, stop) as (_, value):
-                bits = code.and_(code.bitcast(value, kind), number(0x7FFFFFFF, kind))
-                code.store(_larger(code, code.value(here, kind), bits), here)
-            all_lanes = _reduced(code, "umax", code.value(here, kind))
-            code.store(_larger(code, code.value(best, I32), all_lanes), best)
-        return code.value(best, I32)
+    def largest(self) -> Value:
+        """The largest magnitude; NaN if there is one."""
+        source, values = self.rounding.source, self.values
+        return largest_magnitude(
+            self.code,
+            self._parts(),
+            lambda index, lanes: floats.read(self.code, source, values, index, lanes),
+        )
 
     def range(self) -> tuple[Value, Value]:
         """The smallest value and the largest one, zero included; NaN is passed by."""
@@ -133,7 +130,7 @@ class _Writer:
                     old = code.value(here, kind)
                     new = code.select(code.fcmp_ordered(order, value, old), value, old)
                     code.store(new, here)
-                found = _reduced(code, reduction, code.value(here, kind))
+                found = reduced(code, reduction, code.value(here, kind))
                 old = code.value(best, FLOAT)
                 code.store(code.select(code.fcmp_ordered(order, found, old), found, old), best)
             ends.append(code.value(best, FLOAT))
@@ -146,7 +143,7 @@ class _Writer:
             kind = vector(FLOAT, lanes)
             with self._each(lanes, start, stop) as (index, value):
                 if scale is not None:
-                    value = _rounded(code, code.fdiv(value, spread(code, scale, lanes)))
+                    value = rounded(code, code.fdiv(value, spread(code, scale, lanes)))
                 if shift is not None:
                     value = code.fsub(value, spread(code, shift, lanes))
                     most = constant(kind, _HIGHEST)
@@ -161,16 +158,26 @@ def _at_least(code: Code, value: Value, least: Value) -> Value:
     return code.select(code.fcmp_ordered("<", value, least), least, value)
 
 
-def _larger(code: Code, a: Value, b: Value) -> Value:
-    return code.select(code.icmp_unsigned(">", a, b), a, b)
+def largest_magnitude(
+    code: Code,
+    parts: Sequence[tuple[int, Value, Value]],
+    read: Callable[[Value, int], Value],
+) -> Value:
+    """Of a row; NaN if there is one.
 
-
-def _rounded(code: Code, value: Value) -> Value:
-    return code.intrinsic(f"llvm.roundeven.{suffix(value.type)}", value.type, value)
-
-
-def _reduced(code: Code, how: str, value: Value) -> Value:
-    if lanes_of(value.type) == 1:
-        return value
-    name = f"llvm.vector.reduce.{how}.{suffix(value.type)}"
-    return code.intrinsic(name, value.type.element, value)
+    Args:
+        code: to write to.
+        parts: of the row, as `haq.int8.llvm.words.parts` gives them.
+        read: float32 of so many elements from an index on.
+    """
+    # As integers, the bits of magnitudes grow with them, and NaN's are above all.
+    best = code.variable(I32, number(0, I32))
+    for lanes, start, stop in parts:
+        kind = vector(I32, lanes)
+        here = code.variable(kind, number(0, kind))
+        with code.loop(start, stop, lanes) as index:
+            bits = code.and_(code.bitcast(read(index, lanes), kind), number(0x7FFFFFFF, kind))
+            code.store(larger(code, code.value(here, kind), bits), here)
+        all_lanes = reduced(code, "umax", code.value(here, kind))
+        code.store(larger(code, code.value(best, I32), all_lanes), best)
+    return code.bitcast(code.value(best, I32), FLOAT)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from haq.int8 import grid
 from haq.int8.llvm.pages import in_large_pages
 
 TYPES = {torch.float32, torch.bfloat16, torch.float16}
@@ -85,7 +86,7 @@ class LlvmWeight:
         """Of the integers, for processors that need unsigned tokens."""
         from haq.int8.llvm import compiler
 
-        return self.weight.sum(1, dtype=torch.int32) if compiler.dots_here().unsigned else None
+        return grid.sums_of_rows(self.weight) if compiler.dots_here().unsigned else None
 
 
 class Rows(NamedTuple):

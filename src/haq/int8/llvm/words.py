@@ -97,6 +97,24 @@ class Code(ir.IRBuilder):  # type: ignore[misc]
         return self.select(self.icmp_signed("<", a, b), a, b)
 
 
+def larger(code: Code, a: Value, b: Value) -> Value:
+    """Of integers without a sign."""
+    return code.select(code.icmp_unsigned(">", a, b), a, b)
+
+
+def rounded(code: Code, value: Value) -> Value:
+    """To the nearest integers, ties to even; still float32."""
+    return code.intrinsic(f"llvm.roundeven.{suffix(value.type)}", value.type, value)
+
+
+def reduced(code: Code, how: str, value: Value) -> Value:
+    """Of a vector, by the name that LLVM has for it: ``umax``, ``fmin``."""
+    if lanes_of(value.type) == 1:
+        return value
+    name = f"llvm.vector.reduce.{how}.{suffix(value.type)}"
+    return code.intrinsic(name, value.type.element, value)
+
+
 def spread(code: Code, value: Value, lanes: int) -> Value:
     """A vector of one number."""
     if lanes == 1:

@@ -1,0 +1,49 @@
+"""A large weight on the grid, without anything in between that is as large as the weight."""
+
+import torch
+from torch import Tensor
+
+from haq.int8 import grid, matmul
+from haq.int8.llvm.weight import TYPES
+
+# Of a matrix: as many as a core's cache holds.
+_ROWS_AT_ONCE = 64
+
+
+def quantize_matrix(
+    weight: Tensor,
+    factors: Tensor | None = None,
+    *,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`haq.int8.grid.quantize_rows` of a large weight: in one call of a kernel, or rows by rows.
+
+    Args:
+        weight: float ``[N, K]``.
+        factors: float32 ``[K]``, of its columns; None for ones.
+        out: int8 ``[N, K]`` and float32 ``[N, 1]`` to write to; memory that was used before is
+            there faster than new one.
+
+    Examples:
+        >>> quantize_matrix(torch.tensor([[1.27, -0.5]]), torch.tensor([1.0, 2.0]))
+        (tensor([[ 127, -100]], dtype=torch.int8), tensor([[0.0100]]))
+    """
+    if out is None:
+        integers = weight.new_empty(weight.shape, dtype=torch.int8)
+        out = integers, weight.new_empty(len(weight), 1, dtype=torch.float32)
+    if _plain(weight) and matmul.compiles():
+        from haq.int8.llvm.rows import quantize_rows
+
+        quantize_rows(weight, factors, *out)
+        return out
+    integers, scale = out
+    at_once = _ROWS_AT_ONCE if weight.is_cpu else max(1, len(weight))
+    for start in range(0, len(weight), at_once):
+        here = slice(start, start + at_once)
+        rows = weight[here] if factors is None else weight[here] * factors
+        integers[here], scale[here] = grid.quantize_rows(rows)
+    return out
+
+
+def _plain(weight: Tensor) -> bool:
+    return weight.is_cpu and weight.is_contiguous() and weight.dtype in TYPES
