@@ -104,12 +104,23 @@ def test_short_sequences_are_given_whole() -> None:
     assert shortened(Residual(), batch) is batch
 
 
-def test_an_error_of_the_block_itself_is_not_hidden() -> None:
+def test_a_block_that_fails_is_given_whole_and_fails_again() -> None:
     class Broken(nn.Module):
         def forward(self, hidden_states: Tensor) -> Tensor:
-            if hidden_states.shape[1] == LENGTH:
-                raise RuntimeError("broken")
-            return hidden_states
+            raise RuntimeError("broken")
 
-    with pytest.raises(RuntimeError, match="broken"):
-        shortened(Broken(), batch_of(hidden()))
+    batch = batch_of(hidden())
+    assert shortened(Broken(), batch) is batch
+
+
+def test_twice_as_many_tokens_are_enough_to_tell() -> None:
+    lengths: list[int] = []
+
+    class Counting(Residual):
+        def forward(self, hidden_states: Tensor) -> Tensor:
+            lengths.append(hidden_states.shape[1])
+            return super().forward(hidden_states)
+
+    long = torch.randn(1, 5 * TOKENS, HIDDEN)
+    assert shortened(Counting(), batch_of(long)).hidden.shape[1] == TOKENS
+    assert sorted(lengths) == [TOKENS, 2 * TOKENS]

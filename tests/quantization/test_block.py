@@ -20,6 +20,8 @@ from haq.quantization import layers as layers_module
 from haq.quantization import work as work_module
 from haq.quantization.hessian import Root
 from haq.quantization.report import LayerReport
+from haq.quantization.scales import ChannelStatistics
+from haq.quantization.work import BlockWork, Statistics
 
 HIDDEN, INNER = 16, 64
 PLAIN = QuantizationConfig(smoothing="none")
@@ -176,6 +178,50 @@ def test_hessians_are_those_of_quantized_inputs_of_the_quantized_block(
         np.testing.assert_allclose(layer.weight_scale.numpy(), grid_scale(weight), rtol=1e-6)
     assert torch.equal(result.gate.bias, block.gate.bias)
     assert result.up.bias is None
+
+
+@pytest.mark.parametrize(
+    ("outlier", "config", "in_int8"),
+    [
+        (1, QuantizationConfig(search_tokens=50), True),
+        (300, QuantizationConfig(search_tokens=50), False),
+        (1, QuantizationConfig(smoothing="fixed", search_tokens=50), False),
+    ],
+    ids=["close to float", "outlier", "SmoothQuant"],
+)
+def test_statistics_of_most_batches_are_those_of_int8_where_that_is_close(
+    outlier: float, config: QuantizationConfig, in_int8: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And with a fixed strength exact, for then the maxima are all there is."""
+    block, batches = Block(), batches_of(5)
+    with torch.no_grad():  # As trained models have it: it takes digits, and says little.
+        block.norm.weight[3] *= outlier
+        block.norm.bias[3] *= outlier
+        block.gate.weight[:, 3] /= outlier
+        block.up.weight[:, 3] /= outlier
+    found: dict[tuple[str, ...], tuple[ChannelStatistics, bool]] = {}
+    original = BlockWork.observe_rest
+
+    def observe(work: BlockWork, modules: object, statistics: Statistics, *rest: object) -> None:
+        original(work, modules, statistics, *rest)
+        found.update({names: (seen, bool(modules)) for names, seen in statistics.items()})
+
+    monkeypatch.setattr(BlockWork, "observe_rest", observe)
+    quantize_block(block, batches, config, "blocks.0")
+
+    assert {by_int8 for _, by_int8 in found.values()} == {in_int8}
+    x = block.norm(real_tokens(batches))
+    inner = torch.relu(block.gate(x)) * block.up(x)
+    for names, inputs in {("gate", "up"): x, ("down",): inner}.items():
+        statistics, _ = found[names]
+        assert statistics.tokens == len(inputs)
+        exact = numpy_of(inputs)
+        expected = np.mean(exact**4, axis=0) ** 0.25
+        rtol = 0.05 if in_int8 and names == ("down",) else 1e-5
+        np.testing.assert_allclose(statistics.p4.numpy(), expected, rtol=rtol, atol=1e-3)
+        np.testing.assert_allclose(
+            statistics.maximum.numpy(), np.abs(exact).max(axis=0), rtol=rtol, atol=1e-3
+        )
 
 
 def test_nearest_rounding_without_smoothing_is_nothing_but_the_grid() -> None:

@@ -16,7 +16,8 @@ def shortened(block: nn.Module, batch: BlockBatch) -> BlockBatch:
     """The beginnings of a batch's sequences.
 
     What a causal block makes of them does not depend on what follows. It is looked at whether that
-    is so, and whether all that goes with the sequences could be cut; if not, the batch stays whole.
+    is so, by beginnings that are twice as long, and whether all that goes with the sequences could
+    be cut; if not, the batch stays whole.
 
     Args:
         block: a decoder block in float32, that the batch is for; it runs, and is left as it was.
@@ -25,23 +26,26 @@ def shortened(block: nn.Module, batch: BlockBatch) -> BlockBatch:
     Returns:
         The batch with 64 tokens of each sequence, or ``batch`` itself.
     """
-    length = batch.hidden.shape[1]
-    if length < 2 * _TOKENS or not bool(batch.mask[:, :_TOKENS].all()):
+    if batch.hidden.shape[1] < 2 * _TOKENS or not bool(batch.mask[:, :_TOKENS].all()):
         return batch
+    short, longer = (_beginning(batch, count) for count in (_TOKENS, 2 * _TOKENS))
+    try:
+        output, reference = (run_block(block, b)[:, :_TOKENS] for b in (short, longer))
+    except _DOES_NOT_FIT:
+        return batch
+    same = output.shape == reference.shape and same_in_block(block, short.hidden, reference, output)
+    return short if same else batch
+
+
+def _beginning(batch: BlockBatch, count: int) -> BlockBatch:
+    """So many tokens of each sequence."""
+    length = batch.hidden.shape[1]
 
     def cut(tensor: Tensor) -> Tensor:
         for dim, size in enumerate(tensor.shape):
             if size == length:
-                tensor = tensor.narrow(dim, 0, _TOKENS)
+                tensor = tensor.narrow(dim, 0, count)
         return tensor.contiguous()
 
     call = BlockCall(map_tensors(cut, batch.call.args), map_tensors(cut, batch.call.kwargs))
-    hidden = batch.hidden[:, :_TOKENS].contiguous()
-    short = BlockBatch(hidden, call, batch.mask[:, :_TOKENS])
-    try:
-        output = run_block(block, short)
-    except _DOES_NOT_FIT:
-        return batch
-    whole = run_block(block, batch)[:, :_TOKENS]
-    same = output.shape == whole.shape and same_in_block(block, hidden, whole, output)
-    return short if same else batch
+    return BlockBatch(batch.hidden[:, :count].contiguous(), call, batch.mask[:, :count])

@@ -15,6 +15,11 @@ from haq.quantization.experts import nearest_errors
 from haq.quantization.report import BlockReport
 from haq.quantization.work import BlockWork
 
+# With relative squared errors below this, channels are as large in int8 as in float, but for the
+# smallest ones, and a search need not know better. Outliers that nothing was done about yet leave
+# larger errors.
+_CLOSE_TO_FLOAT = 1e-3
+
 
 def quantize_block(
     block: nn.Module,
@@ -57,7 +62,8 @@ def quantize_block(
         n: nearest_errors(e, sample.routed[n], config) for n, e in work.experts.items()
     }
 
-    work.observe_rest(modules, statistics, batches, some)
+    close = config.smoothing != "fixed" and max(plain.values(), default=0.0) < _CLOSE_TO_FLOAT
+    work.observe_rest(modules if close else {}, statistics, batches, some)
     del modules
     for group in groups:
         give_back()

@@ -130,10 +130,10 @@ class BlockWork:
         """Add what the channels are like in all other batches to the statistics.
 
         A scale is a power of these numbers, and the sample says which: that they come from linears
-        that are int8, and several times as fast, changes nothing that matters.
+        that are int8, and several times as fast, changes nothing if those are close to float.
 
         Args:
-            modules: int8 linears, rounded to nearest.
+            modules: int8 linears, rounded to nearest; those that are not there run in float.
             statistics: of the sample; completed, and those of all processes.
             batches: everything that the block is given.
             some: the batches of the sample.
