@@ -11,6 +11,7 @@ from torch import Tensor
 
 from haq.int8 import matmul
 from haq.int8.llvm.weight import TYPES
+from haq.nn.handles import kernels_run
 
 # Keys are cast so many numbers at a time: the cache holds them, and the next cast finds memory that
 # is in use already.
@@ -37,6 +38,9 @@ def attend(
         >>> attend(torch.tensor([[[[9.0, 0.0]]]]), key, torch.eye(2)[None, None], None, 1.0)
         tensor([[[[1.0000e+00, 5.3802e-32]]]])
     """
+    if torch.compiler.is_compiling() and _is_plain(query, key, value, mask) and kernels_run():
+        compiled: Tensor = torch.ops.haq.attend(query, key, value, mask, scale)
+        return compiled
     query = query.float() * (query.shape[-1] ** -0.5 if scale is None else scale)
     if not torch.compiler.is_compiling() and _in_one_call(query, key, value, mask):
         return _attend_in_one_call(query, key, value, mask)
@@ -81,10 +85,21 @@ def attend_to_prompt(
         >>> result is None or torch.equal(result, torch.eye(2)[None, None])
         True
     """
-    if torch.compiler.is_compiling() or not _in_one_call(query, key, value, None):
+    if query.dtype != value.dtype or not _is_plain(query, key, value, None):
         return None
-    if query.dtype != value.dtype or query.stride(-1) != 1:
+    if torch.compiler.is_compiling():
+        if not kernels_run():
+            return None
+        compiled: Tensor = torch.ops.haq.attend_to_prompt(query, key, value, causal, scale)
+        return compiled
+    if query.stride(-1) != 1 or not _in_one_call(query, key, value, None):
         return None
+    return _attend_to_prompt(query, key, value, causal, scale)
+
+
+def _attend_to_prompt(
+    query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float | None
+) -> Tensor:
     from haq.int8.llvm import prompts
 
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -106,13 +121,18 @@ def attend_to_prompt(
 
 
 def _in_one_call(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
-    """Whether LLVM's kernel can attend to these."""
+    """Whether LLVM's kernel can attend to these as they lie in memory."""
+    plain = key.stride(-1) == value.stride(-1) == 1 and _is_plain(query, key, value, mask)
+    return plain and matmul.compiles()
+
+
+def _is_plain(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+    """Whether these are of a kind that LLVM's kernel attends to, and no gradient is asked for."""
     inputs = (query, key, value)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
         return False
     here = all(tensor.is_cpu for tensor in inputs) and (mask is None or mask.is_cpu)
-    plain = key.dtype == value.dtype and key.dtype in TYPES
-    return here and plain and key.stride(-1) == value.stride(-1) == 1 and matmul.compiles()
+    return here and key.dtype == value.dtype and key.dtype in TYPES
 
 
 def _attend_in_one_call(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
@@ -129,3 +149,37 @@ def _masked(scores: Tensor, mask: Tensor) -> Tensor:
     if mask.dtype == torch.bool:
         return scores.masked_fill(~mask, -torch.inf)
     return scores + mask
+
+
+@torch.library.custom_op("haq::attend", mutates_args=())
+def _operator(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None
+) -> Tensor:
+    key, value = _side_by_side(key, value)
+    return attend(query, key, value, mask, scale)
+
+
+@_operator.register_fake
+def _(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None
+) -> Tensor:
+    return value.new_empty(*query.shape[:-1], value.shape[-1])
+
+
+@torch.library.custom_op("haq::attend_to_prompt", mutates_args=())
+def _operator_for_prompts(
+    query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float | None
+) -> Tensor:
+    query, key, value = _side_by_side(query, key, value)
+    return _attend_to_prompt(query, key, value, causal, scale)
+
+
+@_operator_for_prompts.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float | None) -> Tensor:
+    batch, heads, queries, _ = query.shape
+    return value.new_empty(batch, queries, heads, value.shape[-1]).transpose(1, 2)
+
+
+def _side_by_side(*tensors: Tensor) -> list[Tensor]:
+    """The numbers of a token: compiled code may have laid them out in another way."""
+    return [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in tensors]

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from haq.int8 import matmul
-from haq.nn.swapped import Swapped, computes, swap
+from haq.nn.handles import kernels_run
+from haq.nn.swapped import Swapped, fits, swap
 
 
 def use_fast_linears(model: nn.Module) -> int:
@@ -40,8 +41,13 @@ def use_fast_linears(model: nn.Module) -> int:
 class _FastLinear(Swapped):
     def forward(self, input: Tensor) -> Tensor:
         assert isinstance(self, nn.Linear)
-        if _is_one_token(input, self.in_features) and computes(self, input) and matmul.compiles():
-            return _run(self, input)
+        if _is_one_token(input, self.in_features) and fits(self, input):
+            if torch.compiler.is_compiling():
+                if kernels_run():
+                    compiled: Tensor = torch.ops.haq.kept_linear(input, self.weight, self.bias)
+                    return compiled
+            elif matmul.compiles():
+                return _run(input, self.weight, self.bias)
         result: Tensor = super().forward(input)  # type: ignore[misc]
         return result
 
@@ -51,8 +57,17 @@ def _is_one_token(x: Tensor, size: int) -> bool:
     return one and x.is_cpu and x.dim() > 0 and x.shape[-1] == size
 
 
-def _run(module: nn.Linear, x: Tensor) -> Tensor:
+def _run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     from haq.int8.llvm import halves
 
-    result: Tensor = halves.linear(x, module.weight, module.bias)
-    return result
+    return halves.linear(x, weight, bias)
+
+
+@torch.library.custom_op("haq::kept_linear", mutates_args=())
+def _kept_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return _run(x, weight, bias)
+
+
+@_kept_linear.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], len(weight))

@@ -58,8 +58,12 @@ def computes(module: nn.Module, x: Tensor) -> bool:
 
     It cannot in training, under autocast, in compiled code or if dtypes or devices differ.
     """
-    if torch.compiler.is_compiling():  # The compiler fuses by itself.
-        return False
+    # The compiler fuses by itself.
+    return not torch.compiler.is_compiling() and fits(module, x)
+
+
+def fits(module: nn.Module, x: Tensor) -> bool:
+    """`computes`, but for the compiler: it can be shown an operator."""
     parameters = [p for p in module._parameters.values() if p is not None]
     alike = all((p.dtype, p.device) == (x.dtype, x.device) for p in parameters)
     if not alike or torch.is_autocast_enabled(x.device.type):
