@@ -1,7 +1,8 @@
 """Scales: the formulas in numpy, the laws they keep, and that the search finds the best of them."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,12 +15,12 @@ from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.pytorch_utils import Conv1D
 
-from haq.model.blocks import BlockBatch, BlockCall
+from haq.model.blocks import BlockBatch, BlockCall, run_block
 from haq.model.experts import unfuse
 from haq.model.folding import Producer
 from haq.model.groups import Group, find_groups
 from haq.quantization import smoothing
-from haq.quantization.sample import ScopeCall, record_scope
+from haq.quantization.sample import Sample, ScopeCall, record_scope
 from haq.quantization.scales import (
     Candidate,
     ChannelStatistics,
@@ -513,7 +514,7 @@ def test_most_candidates_are_told_from_the_best_by_a_part_of_the_sample() -> Non
             self.judged.append((index, len(calls)))
             return super().error(scale, calls)
 
-    trial = Trial(block, group.scope, group.consumers)
+    trial = Trial(block, group.scope, group.consumers, calls)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(smoothing, "_TOKENS_FOR_ALL", enough)
         best = smoothing._best(trial, options, calls)
@@ -524,3 +525,80 @@ def test_most_candidates_are_told_from_the_best_by_a_part_of_the_sample() -> Non
     part = [smoothing._Trial.error(trial, o.scale, calls[:2]) for o in options]
     assert [i for i, _ in finalists] == sorted(np.argsort(part)[:3])
     assert best is options[int(np.argmin(errors))]
+
+
+class Wide(Block):
+    """The last linear of its MLP gives many more channels, of which the block takes some."""
+
+    def __init__(self, bias: bool, after: Callable[[Tensor], Tensor] = lambda x: x) -> None:
+        super().__init__()
+        self.mlp = WideMlp(after)
+        self.mlp.down = nn.Linear(20, 700, bias=bias)
+        for linear in (self.mlp.gate, self.mlp.up):
+            linear.weight.data[:, 3] /= 60
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        output, _ = self.mlp(hidden_states=self.norm(hidden_states))
+        return hidden_states + output[..., :CHANNELS]
+
+
+class WideMlp(Mlp):
+    def __init__(self, after: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.after = after
+
+    def forward(self, *, hidden_states: Tensor) -> tuple[Tensor, None]:
+        output, _ = super().forward(hidden_states=hidden_states)
+        return self.after(output), None
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_errors_of_a_wide_output_are_told_by_some_directions(
+    bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the last linear gives what the scope gives, which the calls say."""
+    monkeypatch.setattr(smoothing, "_DIRECTIONS", 150)
+    block, batches = Wide(bias), sample_of()
+    group, statistics = group_of(block, batches)
+    sample = Sample(block, ["mlp.gate", "mlp.up", "mlp.down"], ["mlp"])
+    for batch in batches:
+        with sample.watching(batch.mask):
+            run_block(block, batch)
+    calls = sample.calls_of("mlp", [])
+    assert {call.tail for call in calls} == {"mlp.down"}
+    weight = torch.cat([block.mlp.gate.weight, block.mlp.up.weight]).detach().abs().amax(0)
+    options = choices(search_candidates(), statistics, weight)
+    widths: list[int] = []
+
+    def errors_of(calls: list[ScopeCall]) -> list[float]:
+        trial = smoothing._Trial(block, "mlp", group.consumers, calls)
+        block.mlp.register_forward_hook(lambda _, args, output: widths.append(output[0].shape[-1]))
+        return [trial.error(option.scale, calls) for option in options]
+
+    modules = dict(block.named_modules())
+    few, exact = errors_of(calls), errors_of([replace(call, tail="") for call in calls])
+    assert {150, 700} == set(widths)
+    # Of random directions, the square of a length is off by sqrt(2 / 150) for a single error, and
+    # for many, which lie in 20 dimensions here, by less.
+    np.testing.assert_allclose(few, exact, rtol=0.05)
+    assert exact[few.index(min(few))] < 1.03 * min(exact)
+    assert dict(block.named_modules()) == modules
+
+
+def test_a_linear_that_is_searched_for_is_seen_whole() -> None:
+    block, batches = Wide(bias=True), sample_of()
+    _, statistics = group_of(block, batches)
+    calls = [replace(call, tail="mlp.down") for call in calls_of(block, batches)]
+    trial = smoothing._Trial(block, "mlp", ["mlp.down"], calls)
+    assert trial._directions is None
+    assert statistics.tokens
+
+
+@pytest.mark.parametrize("after", [lambda x: 2 * x, lambda x: x[..., :300]], ids=["twice", "part"])
+def test_what_comes_after_the_last_linear_is_not_left_out(after: Callable) -> None:
+    block, batches = Wide(True, after), sample_of()
+    sample = Sample(block, ["mlp.gate", "mlp.up", "mlp.down"], ["mlp"])
+    for batch in batches:
+        with sample.watching(batch.mask):
+            run_block(block, batch)
+    assert {call.tail for call in sample.calls_of("mlp", [])} == {""}

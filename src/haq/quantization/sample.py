@@ -5,7 +5,7 @@ that absorbs it and those that read that, and so does `Sample.fold` with what is
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
@@ -27,12 +27,21 @@ _TOKENS_OF_A_CALL = 256
 
 @dataclass(frozen=True)
 class ScopeCall:
-    """One call of a scope in float: its arguments, its output ``[..., N]``, the token mask."""
+    """One call of a scope in float.
+
+    Attributes:
+        args: its arguments.
+        kwargs: those with names.
+        output: ``[..., N]``.
+        mask: of the tokens, bool.
+        tail: the linear whose outputs are those of the scope, if that is known, else empty.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     output: Tensor
     mask: Tensor
+    tail: str = ""
 
 
 class Sample:
@@ -75,13 +84,14 @@ class Sample:
         """
         reader, module = _Reader(mask, self._step), self._block.get_submodule
         handles = [
-            module(name).register_forward_hook(partial(reader.note, rows))
+            module(name).register_forward_hook(partial(reader.note, name, rows))
             for name, rows in self._rows.items()
         ]
         for name, seen in self.routed.items():
             watch = partial(_enter, seen, mask)
             handles.append(module(name).register_forward_pre_hook(watch))
-        handles += [_first_call(module(scope), mask, calls) for scope, calls in self._calls.items()]
+        for scope, calls in self._calls.items():
+            handles.append(_first_call(module(scope), mask, calls, reader.tail))
         try:
             yield
         finally:
@@ -152,9 +162,12 @@ class _Reader:
         # The latest input, held, so that equal addresses mean one tensor.
         self._latest: Tensor | None = None
         self._kept: Tensor | None = None
+        # The linear that ran last, and what is kept of its output.
+        self._last: tuple[str, Tensor] | None = None
 
     def note(
         self,
+        name: str,
         rows: list[tuple[Tensor, Tensor]],
         module: nn.Module,
         args: tuple[Any, ...],
@@ -168,7 +181,15 @@ class _Reader:
             or latest.shape != inputs.shape
         ):
             self._latest, self._kept = inputs, self._some(inputs)
-        rows.append((self._kept, self._some(output)))
+        self._last = name, self._some(output)
+        rows.append((self._kept, self._last[1]))
+
+    def tail(self, output: Tensor) -> str:
+        """The linear that ran last, if an output is its output; else nothing."""
+        if self._last is None or output.shape[-1] != self._last[1].shape[-1]:
+            return ""
+        name, given = self._last
+        return name if torch.equal(self._some(output), given) else ""
 
     def _some(self, values: Tensor) -> Tensor:
         # A copy: what comes later in the block may write to it.
@@ -202,15 +223,19 @@ def _stop(module: nn.Module, args: Any, output: Any) -> None:
     raise _Seen
 
 
-def _first_call(module: nn.Module, mask: Tensor, calls: list[ScopeCall]) -> Any:
+def _first_call(
+    module: nn.Module,
+    mask: Tensor,
+    calls: list[ScopeCall],
+    tail: Callable[[Tensor], str] = lambda output: "",
+) -> Any:
     """A hook that keeps a module's first call from now on."""
     before = len(calls)
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if len(calls) == before:
             copied = partial(map_tensors, torch.clone)
-            calls.append(
-                ScopeCall(copied(args), copied(kwargs), copied(first_tensor(output)), mask)
-            )
+            first = first_tensor(output)
+            calls.append(ScopeCall(copied(args), copied(kwargs), copied(first), mask, tail(first)))
 
     return module.register_forward_hook(note, with_kwargs=True)

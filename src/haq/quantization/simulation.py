@@ -65,3 +65,21 @@ class Simulated(nn.Module):
             last.write(parts)
             return last
         return Int8Linear(*parts)
+
+
+class Projected(nn.Module):
+    """A linear whose outputs are seen in some directions only.
+
+    Args:
+        linear: the linear in float32.
+        directions: float32 ``[D, N]``.
+    """
+
+    def __init__(self, linear: nn.Module, directions: Tensor) -> None:
+        super().__init__()
+        bias = bias_view(linear)
+        self._weight = directions @ weight_view(linear)
+        self._bias = None if bias is None else directions @ bias
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return functional.linear(inputs, self._weight, self._bias)
