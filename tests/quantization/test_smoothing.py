@@ -580,8 +580,8 @@ def test_errors_of_a_wide_output_are_told_by_some_directions(
     assert {150, 700} == set(widths)
     # Of random directions, the square of a length is off by sqrt(2 / 150) for a single error, and
     # for many, which lie in 20 dimensions here, by less.
-    np.testing.assert_allclose(few, exact, rtol=0.05)
-    assert exact[few.index(min(few))] < 1.03 * min(exact)
+    np.testing.assert_allclose(few, exact, rtol=0.1)
+    assert exact[few.index(min(few))] < 1.05 * min(exact)
     assert dict(block.named_modules()) == modules
 
 
