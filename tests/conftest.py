@@ -26,6 +26,9 @@ from transformers import (
 
 REPOSITORY = Path(__file__).parents[1]
 
+# A hundred processes that tests start compile the same kernels.
+os.environ.setdefault("HAQ_KERNEL_CACHE", str(REPOSITORY / ".pytest_cache" / "kernels"))
+
 # `transformers` starts with weights of standard deviation 0.02, and tiny models then predict almost
 # the same for every token. This much and a test can tell a right model from a wrong one.
 INITIALIZER_RANGE = 0.2

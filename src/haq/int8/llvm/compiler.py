@@ -10,7 +10,7 @@ import llvmlite.binding as llvm
 import torch
 from llvmlite import ir
 
-from haq.int8.llvm import threads
+from haq.int8.llvm import cache, threads
 from haq.int8.llvm.dots import Dots, best_of
 
 # Older ones have other types for some instructions.
@@ -51,12 +51,18 @@ class Kernel:
     """
 
     def __init__(self, module: ir.Module) -> None:
-        parsed = llvm.parse_assembly(str(module))
-        parsed.verify()
-        machine = _machine()
-        optimize(parsed, machine)
+        text, machine = str(module), _machine()
+        key = cache.key_of(text, *_what_is_here())
+        stored = cache.load(key)
+        parsed = llvm.parse_assembly(text)
+        if stored is None:
+            parsed.verify()
+            optimize(parsed, machine)
         self._parallel = threads.library().GOMP_parallel
         self._engine = llvm.create_mcjit_compiler(parsed, machine)
+        self._engine.set_object_cache(
+            notify_func=lambda _, made: cache.save(key, made), getbuffer_func=lambda _: stored
+        )
         self._engine.finalize_object()
         self._run = self._engine.get_function_address("run")
 
@@ -84,6 +90,14 @@ def run(write: Callable[..., ir.Module], options: tuple[Any, ...], places: list[
             kernel = _kernels.get(key) or Kernel(write(*options))
             _kernels[key] = kernel
     kernel(array("q", places), torch.get_num_threads())
+
+
+@functools.cache
+def _what_is_here() -> tuple[str, ...]:
+    """What a kernel is made for and by; the last is a number for how it is done in this file."""
+    version = ".".join(map(str, llvm.llvm_version_info))
+    features = llvm.get_host_cpu_features().flatten()
+    return version, llvm.get_process_triple(), llvm.get_host_cpu_name(), features, "1"
 
 
 def _machine() -> llvm.TargetMachine:
