@@ -15,6 +15,7 @@ from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.pytorch_utils import Conv1D
 
+from haq.int8 import matmul
 from haq.model.blocks import BlockBatch, BlockCall, run_block
 from haq.model.experts import unfuse
 from haq.model.folding import Producer
@@ -28,6 +29,7 @@ from haq.quantization.scales import (
     choices,
     search_candidates,
 )
+from haq.quantization.simulation import Simulated, simulated
 from haq.quantization.smoothing import choose_scale, choose_scale_of_layer
 
 CHANNELS = 12
@@ -602,3 +604,38 @@ def test_what_comes_after_the_last_linear_is_not_left_out(after: Callable) -> No
         with sample.watching(batch.mask):
             run_block(block, batch)
     assert {call.tail for call in sample.calls_of("mlp", [])} == {""}
+
+
+# --- Simulated layers -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["llvm", "reference"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_simulated_layer_takes_one_scale_after_the_other(bias: bool, backend: str) -> None:
+    linear, inputs = nn.Linear(CHANNELS, 20, bias=bias), inputs_with_outliers()
+    with matmul.use_backend(backend), torch.no_grad():
+        layer = simulated(linear)
+        for seed in range(3):
+            scale = torch.rand(CHANNELS, generator=torch.Generator().manual_seed(seed)) + 0.5
+            layer.take(scale)
+            x, w = (numpy_of(t) for t in (inputs * (1 / scale), linear.weight * scale))
+            expected = quantized(x) @ quantized(w).T + (numpy_of(linear.bias) if bias else 0)
+            np.testing.assert_allclose(layer(inputs).numpy(), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_simulated_experts_keep_no_weights() -> None:
+    """All of them would be half as large as the layer."""
+    block = MixtureBlock()
+    layer = simulated(block.mlp.experts)
+    parts = [part for part in layer.modules() if isinstance(part, Simulated)]
+    assert len(parts) == EXPERTS
+    for part in parts:
+        part.take(torch.ones(CHANNELS))
+        with torch.no_grad():
+            part(torch.randn(3, CHANNELS))
+        held = [value for name, value in vars(part).items() if name in ("_multiply", "_room")]
+        assert held == [None, None]
+
+
+def numpy_of(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().double().numpy()

@@ -59,8 +59,9 @@ class Simulated(nn.Module):
             on_the_grid = grid.fake_quantize_rows_(weight * scale)
             return lambda x: functional.linear(grid.fake_quantize_rows_(x), on_the_grid, bias)
         # Where a scale was tried before, its memory is there already.
-        self._room = quantize_matrix(weight, scale, out=self._room if self._keep else None)
-        last, parts = self._multiply, [*self._room, *([] if bias is None else [bias])]
+        room = quantize_matrix(weight, scale, out=self._room)
+        self._room = room if self._keep else None
+        last, parts = self._multiply, [*room, *([] if bias is None else [bias])]
         if isinstance(last, Int8Linear) and last.backend == "llvm":
             last.write(parts)
             return last
