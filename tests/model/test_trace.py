@@ -174,6 +174,7 @@ class Sometimes(nn.Module):
     "calls",
     [
         {1: "abc", 2: "abc"},
+        {1: "abc", 2: "bca", 3: "cab"},
         {1: "ab", 2: "abc"},
         {1: "aba", 2: "abca"},
         {1: "abc", 2: "ab", 3: "bca"},

@@ -118,8 +118,8 @@ def observe_calls(
 ) -> None:
     """Run ``block`` on every batch and show each watched module's calls to its watcher.
 
-    What comes after the last of them need not run. Where the first batch calls each watched module
-    once, which one is the last is known for the others.
+    Where a batch calls each watched module once, the next one runs until all have been called: what
+    would come then is not looked at.
 
     Args:
         block: a decoder block.
@@ -128,12 +128,12 @@ def observe_calls(
     """
     masks: list[Tensor] = []
     called: list[str] = []
-    last: str | None = None
+    each_once = False
 
     def note(name: str, watch: Watcher, module: nn.Module, args: tuple[Any, ...]) -> None:
         watch(args, masks[-1])
         called.append(name)
-        if name == last:
+        if each_once and sorted(called) == sorted(watchers):
             raise _Reached(args[0])
 
     handles = [
@@ -145,7 +145,7 @@ def observe_calls(
             masks[:], called[:] = [batch.mask], []
             with contextlib.suppress(_Reached):
                 run_block(block, batch)
-            last = called[-1] if called and sorted(called) == sorted(watchers) else None
+            each_once = sorted(called) == sorted(watchers)
     finally:
         for handle in handles:
             handle.remove()
