@@ -68,6 +68,29 @@ def test_without_the_variable_it_is_where_caches_are(
     assert cache.load("a") == b"two"
 
 
+def test_a_user_may_have_no_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("HAQ_KERNEL_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", nowhere)
+    cache.save("a", b"one")
+    assert cache.load("a") is None
+
+
+def test_nothing_is_left_of_what_could_not_be_written(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(file: Path, content: bytes) -> int:
+        file.touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    cache.save("a", b"one")
+    assert list(folder.iterdir()) == []
+
+
 def test_a_place_that_cannot_be_written_to_is_no_error(folder: Path) -> None:
     folder.write_text("a file")
     cache.save("a", b"one")

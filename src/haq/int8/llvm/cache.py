@@ -12,7 +12,7 @@ from pathlib import Path
 
 _VARIABLE = "HAQ_KERNEL_CACHE"
 
-# Of these there are a dozen for a version of haq and a processor, of 100 kB or so.
+# For one version of haq and one processor there are a dozen or two.
 _MOST_FILES = 256
 
 _DIGEST = 32
@@ -49,15 +49,16 @@ def save(key: str, content: bytes) -> None:
         return
     with contextlib.suppress(OSError):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".", delete=False) as file:
-            file.write(hashlib.sha256(content).digest() + content)
-        Path(file.name).replace(folder / key)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".") as room:
+            file = Path(room, key)
+            file.write_bytes(hashlib.sha256(content).digest() + content)
+            file.replace(folder / key)
         _forget_the_oldest(folder)
 
 
 def _forget_the_oldest(folder: Path) -> None:
-    files = sorted(folder.iterdir(), key=lambda file: file.stat().st_mtime)
-    for file in files[:-_MOST_FILES]:
+    files = [file for file in folder.iterdir() if file.is_file()]
+    for file in sorted(files, key=lambda file: file.stat().st_mtime)[:-_MOST_FILES]:
         file.unlink(missing_ok=True)
 
 
@@ -65,5 +66,10 @@ def _folder() -> Path | None:
     asked = os.environ.get(_VARIABLE)
     if asked is not None:
         return Path(asked) if asked else None
-    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    caches = os.environ.get("XDG_CACHE_HOME")
+    if not caches:
+        try:
+            caches = str(Path.home() / ".cache")
+        except RuntimeError:  # A user without a home, as in containers.
+            return None
     return Path(caches, "haq", "kernels")
