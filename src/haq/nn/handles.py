@@ -29,5 +29,5 @@ def registered(handle: int) -> nn.Module:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def kernels_run() -> bool:
-    """`haq.int8.matmul.compiles`, asked when a graph is compiled."""
+    """`haq.int8.matmul.compiles`; compiled code knows what it was when that was compiled."""
     return matmul.compiles()

@@ -8,7 +8,6 @@ In float16 it has a way of its own for one token, and in float32 no cast is in i
 import torch
 from torch import Tensor, nn
 
-from haq.int8 import matmul
 from haq.nn.handles import kernels_run
 from haq.nn.swapped import Swapped, fits, swap
 
@@ -41,14 +40,12 @@ def use_fast_linears(model: nn.Module) -> int:
 class _FastLinear(Swapped):
     def forward(self, input: Tensor) -> Tensor:
         assert isinstance(self, nn.Linear)
-        if _is_one_token(input, self.in_features) and fits(self, input):
-            if torch.compiler.is_compiling():
-                if kernels_run():
-                    compiled: Tensor = torch.ops.haq.kept_linear(input, self.weight, self.bias)
-                    return compiled
-            elif matmul.compiles():
-                return _run(input, self.weight, self.bias)
-        result: Tensor = super().forward(input)  # type: ignore[misc]
+        result: Tensor
+        if _is_one_token(input, self.in_features) and fits(self, input) and kernels_run():
+            run = torch.ops.haq.kept_linear if torch.compiler.is_compiling() else _run
+            result = run(input, self.weight, self.bias)
+        else:
+            result = super().forward(input)  # type: ignore[misc]
         return result
 
 

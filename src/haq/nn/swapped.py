@@ -58,12 +58,11 @@ def computes(module: nn.Module, x: Tensor) -> bool:
 
     It cannot in training, under autocast, in compiled code or if dtypes or devices differ.
     """
-    # The compiler fuses by itself.
-    return not torch.compiler.is_compiling() and fits(module, x)
+    return not torch.compiler.is_compiling() and fits(module, x)  # The compiler fuses by itself.
 
 
 def fits(module: nn.Module, x: Tensor) -> bool:
-    """`computes`, but for the compiler: it can be shown an operator."""
+    """`computes`, for a kernel that the compiler is shown as an operator: in its code, too."""
     parameters = [p for p in module._parameters.values() if p is not None]
     alike = all((p.dtype, p.device) == (x.dtype, x.device) for p in parameters)
     if not alike or torch.is_autocast_enabled(x.device.type):
