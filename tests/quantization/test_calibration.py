@@ -188,6 +188,7 @@ def test_real_text_with_a_real_tokenizer(shared):
         ({"num_samples": 0}, ValueError, r"`num_samples` must be at least 1, got 0\."),
         ({"sequence_length": -1}, ValueError, r"`sequence_length` must be at least 1, got -1\."),
         ({"num_samples": 1.5}, TypeError, r"`num_samples` must be a whole number, got 1\.5\."),
+        ({"seed": "x"}, TypeError, r"`seed` must be a whole number, got 'x'\."),
         ({"sequence_length": True}, TypeError, r"`sequence_length` must be a whole number, got Tr"),
         (
             {"num_samples": 30, "sequence_length": 40},

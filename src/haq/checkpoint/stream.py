@@ -46,6 +46,7 @@ from haq.quantization.validation import (
     check_iterable,
     check_weights_finite,
     checked_batches,
+    checked_config,
     checked_structure,
 )
 
@@ -97,9 +98,7 @@ def quantize_checkpoint(
     Examples:
         >>> quantize_checkpoint("mixtral", "mixtral-int8", batches)  # doctest: +SKIP
     """
-    config = QuantizationConfig() if config is None else config
-    if not isinstance(config, QuantizationConfig):
-        raise TypeError(f"`config` must be a QuantizationConfig, got {type(config).__name__}.")
+    config = checked_config(config)
     folder, target = local_folder(source), Path(output).resolve()  # "." has no name.
     check_iterable(calibration)
     batches = list(calibration)

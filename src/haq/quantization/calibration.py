@@ -72,6 +72,7 @@ def calibration_batches(
     """
     _check_at_least_one("num_samples", num_samples)
     _check_at_least_one("sequence_length", sequence_length)
+    _check_whole("seed", seed)
     token_ids(tokenizer, "")  # a wrong tokenizer is said before a corpus is downloaded
     documents = read_documents(source, _CORPORA)
     generator = torch.Generator().manual_seed(seed)
@@ -81,9 +82,13 @@ def calibration_batches(
     return _windows(torch.tensor(ids), num_samples, sequence_length, generator)
 
 
-def _check_at_least_one(name: str, value: int) -> None:
+def _check_whole(name: str, value: int) -> None:
     if not isinstance(value, Integral) or isinstance(value, bool):
         raise TypeError(f"`{name}` must be a whole number, got {value!r}.")
+
+
+def _check_at_least_one(name: str, value: int) -> None:
+    _check_whole(name, value)
     if value < 1:
         raise ValueError(f"`{name}` must be at least 1, got {value}.")
 

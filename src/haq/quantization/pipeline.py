@@ -26,7 +26,12 @@ from haq.quantization.report import (
     find_report,
     place_of_report,
 )
-from haq.quantization.validation import Structure, checked_batches, checked_model
+from haq.quantization.validation import (
+    Structure,
+    checked_batches,
+    checked_config,
+    checked_model,
+)
 
 
 # In inference mode the new parameters would be unusable outside of it.
@@ -48,9 +53,9 @@ def quantize_model(
     takes their place. Embeddings, norms and routers stay float. So does the output head, unless
     ``config.exclude`` names it no longer: then it is the last to become int8, on what the last
     block gives. The final norm takes its scale, so that the last hidden states a model returns
-    are scaled as well; the logits are not. Memory: the model, one block in float32, the statistics
-    of one expert, and the calibration tokens' hidden states. The same call on the same machine
-    gives the same bytes.
+    are scaled as well; the logits are not. Memory: the model, one block in float32, what it
+    computes from a sample, the statistics of one expert, and the calibration tokens' hidden states.
+    The same call on the same machine gives the same bytes.
 
     Whatever is raised, a keyboard interrupt included, every block is either int8 or as it was, and
     so is the head. A note on the exception says how many are int8; the same call goes on after
@@ -82,9 +87,7 @@ def quantize_model(
         >>> model.model.decoder.layers[0].fc1.weight.dtype
         torch.int8
     """
-    config = QuantizationConfig() if config is None else config
-    if not isinstance(config, QuantizationConfig):
-        raise TypeError(f"`config` must be a QuantizationConfig, got {type(config).__name__}.")
+    config = checked_config(config)
     structure = checked_model(model, config)
     blocks = structure.blocks
     report = _report_to_continue(model, config, blocks)

@@ -56,6 +56,22 @@ def _names(model: nn.Module) -> list[str]:
     return [name for name, _ in model.named_modules() if name] + list(unknown_weights(model))
 
 
+def checked_config(config: QuantizationConfig | None) -> QuantizationConfig:
+    """The configuration, the default one for None.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if config is None:
+        return QuantizationConfig()
+    if not isinstance(config, QuantizationConfig):
+        raise TypeError(
+            f"`config` must be a QuantizationConfig, got {type(config).__name__}. Write "
+            "`haq.QuantizationConfig(...)`; `QuantizationConfig.from_dict` reads a dictionary."
+        )
+    return config
+
+
 def checked_model(model: PreTrainedModel, config: QuantizationConfig) -> Structure:
     """The model's blocks and head, and the names of the modules to leave in float.
 
