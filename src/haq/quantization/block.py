@@ -63,11 +63,11 @@ def quantize_block(
     }
 
     close = config.smoothing != "fixed" and max(plain.values(), default=0.0) < _CLOSE_TO_FLOAT
-    work.observe_rest(modules if close else {}, statistics, batches, some)
+    work.observe_rest(modules if close else {}, statistics, batches, sample)
     del modules
     for group in groups:
         give_back()
-        work.smooth(group, statistics[group.consumers], sample, some, probe)
+        work.smooth(group, statistics[group.consumers], sample, probe)
 
     work.choose_zero_points(groups, sample)
     give_back()

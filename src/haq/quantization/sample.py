@@ -49,24 +49,27 @@ class Sample:
 
     Args:
         block: a decoder block in float32.
+        batches: that it is of.
         linears: names of linears to see.
         scopes: names of scopes to see; a linear may be one.
         experts: by name; what enters them is seen, too.
         step: of the tokens of a batch every so many-th is kept for a linear.
 
     Attributes:
+        batches: that it is of.
         routed: what entered the experts, by name.
     """
 
     def __init__(
         self,
         block: nn.Module,
+        batches: Sequence[BlockBatch],
         linears: Iterable[str],
         scopes: Iterable[str] = (),
         experts: Mapping[str, ExpertList] = MappingProxyType({}),
         step: int = 1,
     ) -> None:
-        self._block, self._step = block, step
+        self._block, self.batches, self._step = block, batches, step
         self.routed = {name: RoutedInputs(len(members)) for name, members in experts.items()}
         self._rows: dict[str, list[tuple[Tensor, Tensor]]] = {n: [] for n in linears}
         others = set(scopes).difference(self._rows)
@@ -107,17 +110,12 @@ class Sample:
                 outputs if factor is None else outputs * factor,
             )
 
-    def calls_of(self, scope: str, batches: Sequence[BlockBatch]) -> list[ScopeCall]:
-        """Every call of a scope, as it would be now.
-
-        Args:
-            scope: of one of the groups.
-            batches: that the sample is of. They run if what is kept of the scope is outdated.
-        """
+    def calls_of(self, scope: str) -> list[ScopeCall]:
+        """Every call of a scope, as it would be now. If what is kept is outdated, batches run."""
         if scope in self._rows:
             return self._calls_of_linear(scope)
         if scope not in self._calls:
-            self._calls[scope] = record_scope(self._block, scope, batches)
+            self._calls[scope] = record_scope(self._block, scope, self.batches)
         return self._calls[scope]
 
     def fold(self, group: Group, applied: Tensor) -> None:

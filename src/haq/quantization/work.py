@@ -125,20 +125,20 @@ class BlockWork:
         modules: Mapping[str, Int8Linear],
         statistics: Statistics,
         batches: Sequence[BlockBatch],
-        some: Sequence[BlockBatch],
+        sample: Sample,
     ) -> None:
         """Add what the channels are like in all other batches to the statistics.
 
         A scale is a power of these numbers, and the sample says which: that they come from linears
-        that are int8, and several times as fast, changes nothing if those are close to float.
+        that are int8, and faster, changes nothing if those are close to float.
 
         Args:
             modules: int8 linears, rounded to nearest; those that are not there run in float.
             statistics: of the sample; completed, and those of all processes.
             batches: everything that the block is given.
-            some: the batches of the sample.
+            sample: what was seen already.
         """
-        seen_already = {id(batch) for batch in some}
+        seen_already = {id(batch) for batch in sample.batches}
         rest = [b for b in self.processes.share(batches) if id(b) not in seen_already]
         watchers = {names[0]: seen.update for names, seen in statistics.items()}
         with installed(self.block, modules):
@@ -153,7 +153,7 @@ class BlockWork:
         scopes = {g.scope for g in groups if g.producer is not None and searched}
         tokens = sum(int(batch.mask.sum()) for batch in some)
         step = max(1, tokens // self.config.search_tokens)
-        return Sample(self.block, self.linears, scopes, self.experts, step)
+        return Sample(self.block, some, self.linears, scopes, self.experts, step)
 
     def _check_finite(self, name: str, seen: ChannelStatistics) -> None:
         if not bool(seen.maximum.isfinite().all()):
@@ -168,7 +168,6 @@ class BlockWork:
         group: Group,
         statistics: ChannelStatistics,
         sample: Sample,
-        some: Sequence[BlockBatch],
         probe: BlockBatch,
     ) -> None:
         """Choose a scale for the group's input and fold it, or leave the group as it is.
@@ -177,7 +176,6 @@ class BlockWork:
             group: one of the block's.
             statistics: of its input.
             sample: what the choice is judged on.
-            some: the batches that it is of.
             probe: what has to come out of the block unchanged.
         """
         targets = [name for name in group.consumers if name in self.notes]
@@ -196,7 +194,7 @@ class BlockWork:
             group,
             targets,
             statistics,
-            sample.calls_of(group.scope, some) if len(options) > 1 else [],
+            sample.calls_of(group.scope) if len(options) > 1 else [],
             options,
             # A router's weight stays in 16 bit: rounding it again would move tokens to others.
             powers_of_two=bool(group.routers) and self.dtype != torch.float32,
