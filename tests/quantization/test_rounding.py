@@ -81,27 +81,26 @@ def test_the_same_integers_as_the_textbook(rows: int, columns: int, dead: bool) 
     ("rows", "columns"), [(1, 1), (63, 5), (64, 40), (65, 255), (130, 257), (200, 600)]
 )
 @pytest.mark.parametrize("backend", ["llvm", "reference"])
-def test_float32_is_as_good_as_float64(rows: int, columns: int, backend: str) -> None:
-    """Block by block and, by the kernel, 64 rows at a time: all but ties round as in float64.
+def test_every_integer_is_next_to_its_target(rows: int, columns: int, backend: str) -> None:
+    """Block by block and, by the kernel, 64 rows at a time: every integer is next to its target.
 
-    Where one does not, those after it in its row may make it good.
+    What the target of a column is depends on the integers before it. So it is computed in float64
+    from those that were chosen: a tie that falls the other way is no error, and no excuse.
     """
     inputs = torch.from_numpy(correlated_inputs(900, columns, seed=columns))
-    hessian = inputs.T @ inputs / len(inputs)
+    root = triangular_root(inputs.T @ inputs / len(inputs), damping=0.01).upper
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows))
     scale = grid.row_scale(weight)
-    exact = triangular_root(hessian, damping=0.01).upper
     with matmul.use_backend(backend):
         if backend == "llvm" and not matmul.compiles():
             pytest.skip("the kernels of haq[cpu] do not run here")
-        rounded = round_with_compensation(weight, scale, exact.float())
-    expected = round_with_compensation(weight, scale, exact)
-    assert (rounded != expected).float().mean() < 2e-2
-    errors = [
-        output_error(weight.double(), grid.dequantize(q, scale).double(), hessian)
-        for q in (rounded, expected)
-    ]
-    torch.testing.assert_close(*errors, rtol=2e-3, atol=1e-12)
+        rounded = round_with_compensation(weight, scale, root.float()).double()
+    differences = weight.double() - rounded * scale.double()
+    owed = differences @ root.triu(1) / root.diagonal()
+    targets = ((weight.double() + owed) / scale.double()).clamp(-127, 127)
+    assert (rounded - targets).abs().max() < 0.5 + 1e-3
+    nearest = (weight / scale).double().round()
+    assert columns < 40 or (nearest - targets).abs().max() > 0.5 + 1e-3  # They do owe something.
 
 
 @pytest.mark.parametrize("backend", ["llvm", "reference"])
