@@ -24,6 +24,9 @@ def quantize_matrix(
         out: int8 ``[N, K]`` and float32 ``[N, 1]`` to write to; memory that was used before is
             there faster than new one.
 
+    Returns:
+        int8 ``[N, K]`` and its scale, float32 ``[N, 1]``.
+
     Examples:
         >>> quantize_matrix(torch.tensor([[1.27, -0.5]]), torch.tensor([1.0, 2.0]))
         (tensor([[ 127, -100]], dtype=torch.int8), tensor([[0.0100]]))

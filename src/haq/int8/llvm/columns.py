@@ -57,15 +57,16 @@ def round_columns(
     integers: Tensor,
     differences: Tensor,
 ) -> None:
-    """Round columns; see `haq.quantization.rounding.Block`.
+    """Round columns one by one, and write what becomes of them.
 
     Args:
         weight: float32 ``[N, B]``, a part of the columns of a contiguous matrix; unchanged.
         scale: float32 ``[N, 1]``, positive.
-        shares: float32 ``[B, B]``, upper triangular.
-        owed: float32 ``[B, N]``, contiguous.
+        shares: float32 ``[B, B]``, upper triangular: how much of a column's difference later ones
+            make good.
+        owed: float32 ``[B, N]``, contiguous: what columns before these left to make good.
         integers: int8 ``[N, B]``, a part of a contiguous matrix, to write to.
-        differences: float32 ``[B, N]``, contiguous, to write to.
+        differences: float32 ``[B, N]``, contiguous, to write to: weights less what they became.
     """
     rows, width = weight.shape
     shares, scale = shares.T.contiguous(), scale.contiguous()
