@@ -1,5 +1,6 @@
 """Text that every machine with Python already has: the standard library's own source files."""
 
+import functools
 import hashlib
 import sysconfig
 from pathlib import Path
@@ -41,6 +42,7 @@ def standard_library(split: Split) -> list[str]:
     return texts
 
 
+@functools.cache  # Beside the library there may be thousands of files to pass over.
 def _source_files(root: Path) -> list[str]:
     """List the relative paths, with forward slashes, of the source files that count."""
     paths = (path.relative_to(root) for path in root.rglob("*.py"))

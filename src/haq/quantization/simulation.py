@@ -7,7 +7,6 @@ from torch.nn import functional
 
 from haq.int8 import grid, matmul
 from haq.int8.matrix import quantize_matrix
-from haq.memory import give_back
 from haq.model.experts import Expert, ExpertList
 from haq.model.linears import bias_view, weight_view
 from haq.nn import Int8Linear
@@ -47,10 +46,7 @@ class Simulated(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         assert self._scale is not None
-        multiply = self._multiply
-        if multiply is None:
-            give_back()
-            multiply = self._made(self._scale)
+        multiply = self._multiply or self._made(self._scale)
         return multiply(inputs * (1 / self._scale))
 
     def _made(self, scale: Tensor) -> Callable[[Tensor], Tensor]:

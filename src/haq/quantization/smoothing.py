@@ -113,9 +113,9 @@ def choose_scale_of_layer(
         return options[0]
     errors = [0.0] * len(options)
     for part in parts:
+        give_back()
         exact, stand_in = part(sample), Simulated(part)
         for i, option in enumerate(options):
-            give_back()
             stand_in.take(option.scale)
             errors[i] += float(stand_in(sample).sub_(exact).square_().sum())
     return options[errors.index(min(errors))]
@@ -147,7 +147,6 @@ class _Trial:
 
     def error(self, scale: Tensor, calls: Sequence[ScopeCall]) -> float:
         """Squared error of the scope's output over the tokens of some calls."""
-        give_back()
         with self._quantized(scale), torch.no_grad():
             return sum(self._error(call) for call in calls)
 
