@@ -176,6 +176,7 @@ def card() -> dict[str, Any]:
             "capability": torch.backends.cpu.get_cpu_capability(),
             "vnni": torch.cpu._is_vnni_supported(),
             "bfloat16": torch.cpu._is_avx512_bf16_supported(),
+            "amx": torch.cpu._is_amx_tile_supported(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -251,13 +252,16 @@ def write(name: str, facts: Mapping[str, Any], folder: Path = RESULTS, **content
 
 
 def write_speed(name: str, facts: Mapping[str, Any], **content: Any) -> None:
-    """Write ``NAME.json``; what a CPU that lacks instructions does is another matter.
+    """Write ``NAME.json``; what a CPU with other instructions does is another matter.
 
-    Without VNNI int8 is slower, and without those for bfloat16 its baseline: each has a folder.
+    Without VNNI int8 is slower, without those for bfloat16 its baseline, and where matrices are
+    multiplied (AMX) both have another kind: each has a folder.
     """
     machine, folder = facts["machine"], RESULTS
     if not machine["vnni"]:
         folder = RESULTS / "without_vnni"
     elif not machine["bfloat16"]:
         folder = RESULTS / "without_bfloat16"
+    elif machine["amx"]:
+        folder = RESULTS / "with_amx"
     write(name, facts, folder, **content)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from haq.int8 import matmul
-from haq.int8.llvm import compiler, halves, kernels, threads, weight
+from haq.int8.llvm import amx, compiler, halves, kernels, threads, weight
 from haq.int8.llvm.dots import Dots, FoursOfBytes, PairsOfWords, best_of
 from haq.int8.llvm.kernels import Kind
 from haq.int8.llvm.weight import LlvmWeight, Rows, products
@@ -26,6 +26,7 @@ WAYS: dict[str, Dots] = {
     "AVX2": PairsOfWords(256),
     "AVX-VNNI": FoursOfBytes(256, registers=16, instruction=False),
     "AVX512-VNNI": FoursOfBytes(512, registers=32, instruction=False),
+    "AMX": FoursOfBytes(512, registers=32, instruction=False, matrices=True),
 }
 
 COMPILED: dict[str, dict[tuple[Any, ...], compiler.Kernel]] = {}
@@ -36,6 +37,7 @@ SHAPES = {  # T, K, N: few tokens, tiles with rest, several pieces of tokens and
     "four tokens": (4, 130, 33),
     "five tokens": (5, 64, 19),
     "a prompt": (151, 2113, 131),
+    "whole matrices and rest": (151, 192, 131),
 }
 
 
@@ -104,10 +106,12 @@ def test_the_proof_of_every_backend_passes(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.usefixtures("way")
-def test_several_weights_in_one_call(generator: torch.Generator) -> None:
-    counts = [3, 0, 9, 1]
-    groups = [Rows(random_weight(21, 70, seed), count) for seed, count in enumerate(counts)]
-    x = torch.randn(sum(counts), 70, generator=generator)
+@pytest.mark.parametrize(("width", "counts"), [(70, [3, 0, 9, 1]), (128, [5, 2, 0, 40, 17])])
+def test_several_weights_in_one_call(
+    width: int, counts: list[int], generator: torch.Generator
+) -> None:
+    groups = [Rows(random_weight(21, width, seed), count) for seed, count in enumerate(counts)]
+    x = torch.randn(sum(counts), width, generator=generator)
     result = products(groups, x, torch.bfloat16)
     for group, rows, values in zip(groups, result.split(counts), x.split(counts), strict=True):
         reference = expected(values, group.weight, None, False, torch.bfloat16)
@@ -212,12 +216,27 @@ def test_the_instruction_is_the_processors(dots: Dots, processor: str, instructi
     assert len(found) == height * width  # Once for each sum of a tile.
 
 
+def test_products_of_matrices_are_the_processors() -> None:
+    dots = FoursOfBytes(512, registers=32, matrices=True)
+    text = assembly(dots, "sapphirerapids").replace("\t", " ")
+    for tall, wide in ((2, 2), (2, 1), (1, 2), (1, 1)):
+        body = text.partition(f"\npiece_{tall}_{wide}:")[2].partition(".Lfunc_end")[0]
+        assert len(re.findall("tdpbsud", body)) == tall * wide
+        assert len(re.findall("tileloadd", body)) == tall + wide
+    body = text.partition("\nrun:")[2].partition(".Lfunc_end")[0]
+    assert re.findall("ldtilecfg|tilerelease", body) == ["ldtilecfg", "tilerelease"]
+
+
 @pytest.mark.parametrize(
     ("features", "dots"),
     [
         ("avx2", PairsOfWords(256)),
         ("avx2 avx512bw avx512vl", PairsOfWords(512)),
         ("avx2 avx512bw avx512vl avx512vnni", FoursOfBytes(512, registers=32)),
+        (
+            "avx2 avx512bw avx512vl avx512vnni amx-tile amx-int8",
+            FoursOfBytes(512, registers=32, matrices=True),
+        ),
         ("avx2 avxvnni", FoursOfBytes(256, registers=16)),
         ("sse4.2", None),
     ],
@@ -234,6 +253,17 @@ def unchecked() -> Iterator[None]:
     yield
     for cached in remembered:
         cached.cache_clear()
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("permitted", [True, False])
+def test_matrices_only_with_the_permission_of_the_system(
+    permitted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = "avx2 avx512bw avx512vl avx512vnni amx-tile amx-int8"
+    monkeypatch.setattr(llvm, "get_host_cpu_features", lambda: dict.fromkeys(names.split(), True))
+    monkeypatch.setattr(amx, "permitted", lambda: permitted)
+    assert compiler.dots_here() == FoursOfBytes(512, registers=32, matrices=permitted)
 
 
 @pytest.mark.usefixtures("unchecked")

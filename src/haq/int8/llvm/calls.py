@@ -8,6 +8,8 @@ CALL = (
     "width",  # K
     "integers",  # room for the tokens' integers [T, stride]
     "stride",
+    "blocks",  # room for them once more, for processors that multiply matrices
+    "strips",  # room for some rows of a weight, for each thread of these
     "scales",  # float32 [T], written to
     "shifts",  # float32 [T], written to
     "out",  # float [T, N]
@@ -30,7 +32,7 @@ GROUP = (
 )
 """The places of one weight."""
 
-_ADDRESSES = {"tokens", "integers", "scales", "shifts", "out"}
+_ADDRESSES = {"tokens", "integers", "blocks", "strips", "scales", "shifts", "out"}
 _ADDRESSES |= {"weight", "scale", "sums", "bias", "row_sums"}
 _ADDRESSES |= {"query", "key", "value", "mask", "scores", "room"}  # of attention
 _ADDRESSES |= {"factors", "shares", "owed", "differences"}  # of rounding a weight

@@ -10,7 +10,7 @@ import llvmlite.binding as llvm
 import torch
 from llvmlite import ir
 
-from haq.int8.llvm import cache, threads
+from haq.int8.llvm import amx, cache, threads
 from haq.int8.llvm.dots import Dots, best_of
 
 # Older ones have other types for some instructions.
@@ -37,7 +37,10 @@ def dots_here() -> Dots:
     Raises:
         RuntimeError: it has no instructions that would be worth it.
     """
-    dots = best_of(llvm.get_host_cpu_features())
+    features = llvm.get_host_cpu_features()
+    if features.get("amx-int8") and not amx.permitted():
+        features["amx-int8"] = False
+    dots = best_of(features)
     if dots is None:
         raise RuntimeError("the processor has no AVX2")
     return dots

@@ -39,6 +39,14 @@ class Dots(Protocol):
     def registers(self) -> int:
         """Vector registers of the processor."""
 
+    @property
+    def instruction(self) -> bool:
+        """Whether the processor has the instructions; else what they do is written out."""
+
+    @property
+    def matrices(self) -> bool:
+        """Whether it also multiplies small matrices: `haq.int8.llvm.amx`."""
+
     def of_token(self, code: Code, integers: Value) -> Value:
         """A token's integers as they are stored, from int32, one or a vector of them."""
 
@@ -60,6 +68,8 @@ class PairsOfWords:
     width: int
     unsigned = False
     token = I16
+    instruction = True
+    matrices = False
 
     @property
     def lanes(self) -> int:
@@ -94,11 +104,13 @@ class FoursOfBytes:
         width: of a register, in bits.
         registers: how many there are.
         instruction: whether the processor has it; else what it does is written out, for tests.
+        matrices: whether it also multiplies small matrices of these bytes: AMX.
     """
 
     width: int
     registers: int
     instruction: bool = True
+    matrices: bool = False
     unsigned = True
     token = I8
 
@@ -154,7 +166,7 @@ def best_of(features: Mapping[str, bool]) -> Dots | None:
         True
     """
     if features.get("avx512vnni") and features.get("avx512vl") and features.get("avx512bw"):
-        return FoursOfBytes(512, registers=32)
+        return FoursOfBytes(512, registers=32, matrices=bool(features.get("amx-int8")))
     if features.get("avxvnni"):
         return FoursOfBytes(256, registers=16)
     if features.get("avx512bw"):

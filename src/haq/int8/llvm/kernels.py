@@ -9,11 +9,12 @@ from dataclasses import dataclass
 
 from llvmlite import ir
 
-from haq.int8.llvm import floats, rounding, threads, tiles
+from haq.int8.llvm import amx, floats, matrices, rounding, threads, tiles
 from haq.int8.llvm.calls import CALL, GROUP, Told
 from haq.int8.llvm.dots import Dots
+from haq.int8.llvm.endings import Ending
 from haq.int8.llvm.rounding import Rounding
-from haq.int8.llvm.tiles import Ending, Tile
+from haq.int8.llvm.tiles import Tile
 from haq.int8.llvm.words import FLOAT, I64, POINTER, Code, Type, Value, number
 
 FEW = 4
@@ -47,14 +48,21 @@ def module_of(kind: Kind, dots: Dots) -> ir.Module:
     ending = Ending(kind.target, kind.scaled, kind.asymmetric, kind.biased)
     sizes = [*_narrow(dots), *_wide(dots)]
     pieces = {(tile.rows, tile.tokens): tiles.define(module, tile, ending, dots) for tile in sizes}
-    item = _define_item(module, pieces)
-    _define_run(module, round_token, item, dots, floats.STORED[kind.source])
+    squares = matrices.define(module, ending, dots) if dots.matrices else None
+    item = _define_item(module, pieces, squares)
+    layout = matrices.define_layout(module) if dots.matrices else None
+    _define_run(module, round_token, layout, item, dots, floats.STORED[kind.source])
     return module
 
 
 def tile_of(dots: Dots) -> tuple[int, int]:
     """Rows and tokens of the tile for many tokens: its sums fill the registers."""
     return tiles.ROWS_AT_ONCE, 6 if dots.registers == 32 else 2
+
+
+def steps_of(dots: Dots) -> tuple[int, int]:
+    """Rows and tokens of which a piece of many has a multiple, for no part of a tile to be left."""
+    return (matrices.STRIP, matrices.STRIP) if dots.matrices else tile_of(dots)
 
 
 def _narrow(dots: Dots) -> list[Tile]:
@@ -69,13 +77,20 @@ def _wide(dots: Dots) -> list[Tile]:
     return [Tile(rows, tokens) for tokens in range(1, most + 1)]
 
 
-def _define_item(module: ir.Module, pieces: Mapping[tuple[int, int], Value]) -> Value:
+def _define_item(
+    module: ir.Module, pieces: Mapping[tuple[int, int], Value], squares: Value | None
+) -> Value:
     """The function ``item(call, group, row, last row, token, last token)``: any rectangle."""
     code = Code(module, "item", [POINTER, POINTER, *[I64] * 4])
     call, group, row, last_row, token, last = code.parameters
     height, width = max(pieces)
     told = Told(code, group, GROUP)
     few = code.icmp_signed("<=", code.sub(told["last"], told["first"]), number(FEW))
+    if squares:
+        rest = code.and_(Told(code, call, CALL)["width"], number(amx.DEPTH - 1))
+        fits = code.and_(code.not_(few), code.icmp_signed("==", rest, number(0)))
+        row = code.select(fits, _whole(code, row, last_row, amx.SIDE), row)
+        code.call(squares, [call, group, code.parameters[2], row, token, last])
     rows = code.select(few, row, _whole(code, row, last_row, height))
     tokens = code.select(few, token, _whole(code, token, last, width))
     left = code.sub(last, tokens)
@@ -112,12 +127,19 @@ def _call_one(
 
 
 def _define_run(
-    module: ir.Module, round_token: Value, item: Value, dots: Dots, source: Type
+    module: ir.Module,
+    round_token: Value,
+    layout: Value | None,
+    item: Value,
+    dots: Dots,
+    source: Type,
 ) -> None:
     code = Code(module, "run", [POINTER], internal=False)
     (base,) = code.parameters
     call = Told(code, base, CALL)
-    _round_all(code, call, round_token, dots, source)
+    _round_all(code, call, round_token, layout, dots, source)
+    if dots.matrices:
+        amx.configure(code, dots)
     threads.wait_for_all(code)
     taken = code.variable(I64, threads.take(code, call.place("counter"), number(1)))
     before = code.variable(I64, number(0))  # Items of the groups before.
@@ -125,21 +147,35 @@ def _define_run(
         place = code.add(number(len(CALL)), code.mul(index, number(len(GROUP))))
         group = code.address(base, place, I64)
         _work_on(code, call, base, group, item, taken, before)
+    if dots.matrices:
+        amx.release(code, dots)
     code.ret_void()
 
 
-def _round_all(code: Code, call: Told, round_token: Value, dots: Dots, source: Type) -> None:
-    """Every thread rounds some tokens."""
-    width = call["width"]
+def _round_all(
+    code: Code, call: Told, round_token: Value, layout: Value | None, dots: Dots, source: Type
+) -> None:
+    """Every thread rounds some tokens, one at a time or all those of a block."""
+    width, stride, count = call["width"], call["stride"], call["count"]
     first, step = threads.number_and_count(code)
     tokens, integers, scales, shifts = (
         call[name] for name in ("tokens", "integers", "scales", "shifts")
     )
-    with code.loop(first, call["count"], step) as token:
-        values = code.address(tokens, code.mul(token, width), source)
-        places = code.address(integers, code.mul(token, call["stride"]), dots.token)
-        of_token = [code.address(part, token, FLOAT) for part in (scales, shifts)]
-        code.call(round_token, [values, width, places, *of_token])
+    many = code.icmp_signed(">", call["block"], number(FEW))
+    size = code.select(many, number(amx.SIDE if layout else 1), number(1))
+    with code.loop(code.mul(first, size), count, code.mul(step, size)) as start:
+        with code.loop(start, code.smaller(count, code.add(start, size))) as token:
+            values = code.address(tokens, code.mul(token, width), source)
+            places = code.address(integers, code.mul(token, stride), dots.token)
+            of_token = [code.address(part, token, FLOAT) for part in (scales, shifts)]
+            code.call(round_token, [values, width, places, *of_token])
+        if layout:
+            with code.if_then(many):
+                place = code.mul(start, stride)
+                rows, blocks = (
+                    code.address(base, place, dots.token) for base in (integers, call["blocks"])
+                )
+                code.call(layout, [rows, stride, blocks])
 
 
 def _work_on(

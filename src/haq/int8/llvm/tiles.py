@@ -3,18 +3,16 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from haq.int8.llvm import floats
 from haq.int8.llvm.calls import CALL, GROUP, Told
-from haq.int8.llvm.dots import ZERO_POINT, Dots, ahead
+from haq.int8.llvm.dots import Dots, ahead
+from haq.int8.llvm.endings import Ending, Finish
 from haq.int8.llvm.words import (
-    FLOAT,
     I8,
     I32,
     I64,
     POINTER,
     Code,
     Value,
-    multiply_add,
     number,
     prefetch,
     side_by_side,
@@ -26,23 +24,6 @@ from haq.int8.llvm.words import (
 
 ROWS_AT_ONCE = 4
 """Rows of a tile whose sums are brought side by side in a few instructions."""
-
-
-@dataclass(frozen=True)
-class Ending:
-    """What becomes of the sums.
-
-    Attributes:
-        target: the type of the outputs, a name of torch's.
-        scaled: whether they are multiplied by the tokens' scales.
-        shifted: whether the tokens have zero points.
-        biased: whether there is a bias.
-    """
-
-    target: str
-    scaled: bool
-    shifted: bool
-    biased: bool
 
 
 @dataclass(frozen=True)
@@ -98,9 +79,10 @@ class _Product:
         weight, integers = self.group["weight"], self.call["integers"]
         weights = [code.address(weight, code.mul(r, self.width), I8) for r in rows]
         inputs = [code.address(integers, code.mul(t, self.stride), self.dots.token) for t in tokens]
+        finish = Finish(code, self.ending, self.dots, self.call, self.group)
         sums = self._sums(weights, inputs, self.width)
         for total, there in zip(sums, tokens, strict=True):
-            self._finish(total, row, there)
+            finish.write(total, row, there)
 
     def _sums(self, weights: Sequence[Value], inputs: Sequence[Value], width: Value) -> list[Value]:
         """The sums of integers of each token, int32, with all rows side by side."""
@@ -160,29 +142,3 @@ class _Product:
         if len(registers) == ROWS_AT_ONCE:
             return sums_of_four(code, *registers)
         return code.intrinsic(f"llvm.vector.reduce.add.{suffix(kind)}", I32, *registers)
-
-    def _finish(self, totals: Value, row: Value, token: Value) -> None:
-        """The formula of `haq.int8.matmul`, in its order, and the outputs where they belong.
-
-        Args:
-            totals: int32, of all rows of the tile.
-            row: the first of them.
-            token: whose.
-        """
-        code, ending, lanes = self.code, self.ending, self.tile.rows
-        if self.dots.unsigned:
-            surplus = code.read(self.group["sums"], row, I32, lanes)
-            totals = code.sub(totals, code.mul(surplus, number(ZERO_POINT, totals.type)))
-        result = code.sitofp(totals, vector(FLOAT, lanes))
-        result = code.fmul(result, code.read(self.group["scale"], row, FLOAT, lanes))
-        if ending.shifted:
-            shift = spread(code, code.read(self.call["shifts"], token, FLOAT), lanes)
-            step = code.read(self.group["row_sums"], row, FLOAT, lanes)
-            result = multiply_add(code, shift, step, result)  # As torch's `addcmul`.
-        if ending.scaled:
-            scale = spread(code, code.read(self.call["scales"], token, FLOAT), lanes)
-            result = code.fmul(result, scale)
-        if ending.biased:
-            result = code.fadd(result, code.read(self.group["bias"], row, FLOAT, lanes))
-        place = code.add(code.mul(token, self.call["rows"]), row)
-        floats.write(code, ending.target, result, self.call["out"], place)

@@ -130,7 +130,7 @@ def products(
     Raises:
         RuntimeError: the tokens are not in the CPU's memory.
     """
-    from haq.int8.llvm import compiler, kernels
+    from haq.int8.llvm import amx, compiler, kernels, matrices
 
     if not tokens.is_cpu:  # A kernel would read what is at this address there.
         raise RuntimeError(
@@ -146,14 +146,19 @@ def products(
     kind = tokens.dtype, target, scaled, row_sums is not None, bias is not None
     count = tokens.numel() // width
     out = tokens.new_empty((*tokens.shape[:-1], rows), dtype=target)
-    # The integers take two bytes each at most; scale and shift follow them, four bytes each.
-    stride = -(-width // _LINE) * _LINE
-    room = tokens.new_empty(count * (2 * stride + 8), dtype=torch.uint8)
-    integers = room.data_ptr()
-    scales = integers + 2 * count * stride
+    threads = torch.get_num_threads()
     few = max(group.tokens for group in groups) <= kernels.FEW
-    pieces = _pieces(few, rows, stride, torch.get_num_threads())
-    places = [tokens.data_ptr(), count, width, integers, stride, scales, scales + 4 * count]
+    # The integers take two bytes each at most, or one twice, then of whole blocks of tokens. Scale
+    # and shift follow them, four bytes each.
+    stride = -(-width // _LINE) * _LINE
+    size = (count if few else -(-count // amx.SIDE) * amx.SIDE) * stride
+    strips = 0 if few or not compiler.dots_here().matrices else threads * matrices.STRIP * stride
+    room = tokens.new_empty(2 * size + strips + 8 * count, dtype=torch.uint8)
+    integers = room.data_ptr()
+    scales = integers + 2 * size + strips
+    pieces = _pieces(few, rows, stride, threads)
+    places = [tokens.data_ptr(), count, width, integers, stride]
+    places += [integers + size, integers + 2 * size, scales, scales + 4 * count]
     places += [out.data_ptr(), rows, *pieces, 0, len(groups)]
     first, held = 0, []  # Copies live until the kernel has read them.
     for weight, number, bias, row_sums in groups:
@@ -192,7 +197,7 @@ def _pieces(few: bool, rows: int, width: int, threads: int) -> tuple[int, int]:
     if few:
         return max(1, min(_CHUNK_BYTES // width, fair)), kernels.FEW
     dots = compiler.dots_here()
-    rows_of_tile, tokens_of_tile = kernels.tile_of(dots)
+    rows_of_tile, tokens_of_tile = kernels.steps_of(dots)
     chunk = -(-min(_CHUNK_ROWS[dots.registers], fair) // rows_of_tile) * rows_of_tile
     block = _BLOCK[dots.registers] // width // tokens_of_tile
     return chunk, max(1, block) * tokens_of_tile

@@ -11,6 +11,9 @@ I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 HALF, FLOAT = ir.HalfType(), ir.FloatType()
 POINTER, VOID = ir.PointerType(), ir.VoidType()
 
+# Of the cache, in bytes.
+_LINE = 64
+
 # Values and types of LLVM: llvmlite does not tell one from the other to a type checker.
 Value = Any
 Type = Any
@@ -46,6 +49,14 @@ class Code(ir.IRBuilder):  # type: ignore[misc]
         with self.goto_entry_block():
             address = self.alloca(kind)
         self.store(value, address)
+        return address
+
+    def room(self, size: int) -> Value:
+        """The address of so many bytes, at the beginning of a line of the cache."""
+        with self.goto_entry_block():
+            address = self.alloca(I8, size=size)
+        address.align = _LINE
+        address.type = POINTER  # To whatever is stored there.
         return address
 
     def value(self, address: Value, kind: Type) -> Value:
@@ -186,10 +197,6 @@ def _woven(code: Code, a: Value, b: Value, size: int) -> Iterator[Value]:
 def multiply_add(code: Code, a: Value, b: Value, c: Value) -> Value:
     """``a * b + c`` of float32, rounded once."""
     return code.intrinsic(f"llvm.fma.{suffix(a.type)}", a.type, a, b, c)
-
-
-# Of the cache, in bytes.
-_LINE = 64
 
 
 def prefetch(code: Code, address: Value, length: int, distance: int) -> None:
