@@ -38,6 +38,8 @@ SHAPES = {  # T, K, N: few tokens, tiles with rest, several pieces of tokens and
     "five tokens": (5, 64, 19),
     "a prompt": (151, 2113, 131),
     "whole matrices and rest": (151, 192, 131),
+    "matrices in parts": (70, 4096 + 128, 85),
+    "matrices for more tokens than one strip": (530, 64, 33),
 }
 
 
@@ -222,7 +224,7 @@ def test_products_of_matrices_are_the_processors() -> None:
     for tall, wide in ((2, 2), (2, 1), (1, 2), (1, 1)):
         body = text.partition(f"\npiece_{tall}_{wide}:")[2].partition(".Lfunc_end")[0]
         assert len(re.findall("tdpbsud", body)) == tall * wide
-        assert len(re.findall("tileloadd", body)) == tall + wide
+        assert len(re.findall("tileloadd", body)) == tall + wide + tall * wide  # And of sums.
     body = text.partition("\nrun:")[2].partition(".Lfunc_end")[0]
     assert re.findall("ldtilecfg|tilerelease", body) == ["ldtilecfg", "tilerelease"]
 

@@ -9,7 +9,8 @@ CALL = (
     "integers",  # room for the tokens' integers [T, stride]
     "stride",
     "blocks",  # room for them once more, for processors that multiply matrices
-    "strips",  # room for some rows of a weight, for each thread of these
+    "strips",  # room for some rows of a weight and for sums, for each thread of these
+    "of_thread",  # how many bytes of it each thread has
     "scales",  # float32 [T], written to
     "shifts",  # float32 [T], written to
     "out",  # float [T, N]

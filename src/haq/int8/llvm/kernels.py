@@ -60,11 +60,6 @@ def tile_of(dots: Dots) -> tuple[int, int]:
     return tiles.ROWS_AT_ONCE, 6 if dots.registers == 32 else 2
 
 
-def steps_of(dots: Dots) -> tuple[int, int]:
-    """Rows and tokens of which a piece of many has a multiple, for no part of a tile to be left."""
-    return (matrices.STRIP, matrices.STRIP) if dots.matrices else tile_of(dots)
-
-
 def _narrow(dots: Dots) -> list[Tile]:
     """For rows one by one: the fewer tokens, the more of a row at once."""
     most = max(FEW, tile_of(dots)[1])

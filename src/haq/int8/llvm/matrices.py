@@ -2,8 +2,9 @@
 
 They are read in blocks, each as large as a register for matrices. Of the tokens, four bytes of each
 must lie side by side: they are laid out so when they have been rounded. Of a weight, which lies row
-by row, each thread copies a strip of rows to blocks, and multiplies it with all tokens. Read where
-they lie, rows whose distance is a power of 2 push each other out of the cache.
+by row, each thread copies a strip of rows to blocks, as much as stays in a cache of its own, and
+multiplies it with all tokens. Read where they lie, rows whose distance is a power of 2 push each
+other out of the cache.
 """
 
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from collections.abc import Mapping
 from llvmlite import ir
 
 from haq.int8.llvm import threads
-from haq.int8.llvm.amx import DEPTH, SIDE, Matrices, registers
+from haq.int8.llvm.amx import DEPTH, SIDE, registers
 from haq.int8.llvm.calls import CALL, GROUP, Told
 from haq.int8.llvm.dots import Dots
 from haq.int8.llvm.endings import Ending, Finish
@@ -20,11 +21,27 @@ from haq.int8.llvm.words import I8, I32, I64, POINTER, Code, Value, constants, n
 AT_ONCE = 2
 """Registers of rows that are multiplied with as many of tokens; their sums fill half of all."""
 
-STRIP = SIDE * AT_ONCE
-"""Rows that a thread copies."""
+STEP = SIDE * AT_ONCE
+"""Rows, and tokens, that they have together."""
+
+MOST_TOKENS = 512
+"""Tokens that a strip is multiplied with."""
+
+# Columns of a strip. Where a weight has more, sums wait in memory for the next part.
+_PART = 4096
+
+# The size of a block, and how many there may be of tokens: those that begin within one end so, too.
+_BLOCK, _MOST_BLOCKS = SIDE * DEPTH, MOST_TOKENS // SIDE + AT_ONCE
 
 # Rows that are copied at the same time.
 _STREAMS = 4
+
+
+def room(rows: int, width: int) -> int:
+    """Bytes that a thread needs for a strip of so many rows, and for its sums."""
+    if width <= _PART:
+        return rows * width
+    return rows * _PART + rows // SIDE * _MOST_BLOCKS * _BLOCK
 
 
 def define_layout(module: ir.Module) -> Value:
@@ -45,7 +62,8 @@ def define_layout(module: ir.Module) -> Value:
 def define(module: ir.Module, ending: Ending, dots: Dots) -> Value:
     """The function ``matrices(call, group, row, last row, token, last token)``: a rectangle.
 
-    There are a multiple of `SIDE` rows; the width of the weight is a multiple of `DEPTH`.
+    There are a multiple of `SIDE` rows, at most as many as a thread takes at a time, and at most
+    `MOST_TOKENS`; the width of the weight is a multiple of `DEPTH`.
     """
     sizes = (AT_ONCE, 1)
     pieces = {(r, t): _define_piece(module, r, t, ending, dots) for r in sizes for t in sizes}
@@ -54,35 +72,47 @@ def define(module: ir.Module, ending: Ending, dots: Dots) -> Value:
     call, weight = Told(code, base, CALL), Told(code, group, GROUP)["weight"]
     width = call["width"]
     thread, _ = threads.number_and_count(code)
-    strip = code.address(call["strips"], code.mul(thread, code.mul(width, number(STRIP))), I8)
+    strip = code.address(call["strips"], code.mul(thread, call["of_thread"]), I8)
+    all_sums = code.address(strip, code.mul(call["chunk"], number(_PART)), I8)
     start = code.and_(token, number(-SIDE))  # The block that the first token is in.
-    for tall, top, bottom in _in_sizes(code, row, last_row):
-        with code.loop(top, bottom, SIDE * tall) as here:
-            rows = code.address(weight, code.mul(here, width), I8)
-            _copy(code, rows, width, strip, SIDE * tall)
-            for wide, left, right in _in_sizes(code, start, last):
-                with code.loop(left, right, SIDE * wide) as there:
-                    code.call(pieces[tall, wide], [base, group, strip, here, there, token, last])
+    rows = code.address(weight, code.mul(row, width), I8)
+    with code.loop(number(0), width, _PART) as left:
+        depth = code.smaller(number(_PART), code.sub(width, left))
+        _copy(code, code.address(rows, left, I8), code.sub(last_row, row), width, depth, strip)
+        for wide, block, last_block in _in_sizes(code, start, last):
+            with code.loop(block, last_block, SIDE * wide) as there:
+                column = code.sub(there, start)
+                for tall, top, bottom in _in_sizes(code, row, last_row):
+                    with code.loop(top, bottom, SIDE * tall) as here:
+                        line = code.sub(here, row)
+                        block_of_sums = code.add(code.mul(line, number(_MOST_BLOCKS)), column)
+                        sums = code.mul(block_of_sums, number(DEPTH))
+                        places = [
+                            code.address(strip, code.mul(line, depth), I8),
+                            code.address(all_sums, sums, I8),
+                        ]
+                        arguments = [*places, left, depth, here, there, token, last]
+                        code.call(pieces[tall, wide], [base, group, *arguments])
     code.ret_void()
     return code.function
 
 
 def _in_sizes(code: Code, start: Value, stop: Value) -> list[tuple[int, Value, Value]]:
     """Most in twos, what is left in ones: size, from where, to where."""
-    twos = code.and_(code.sub(stop, start), number(-SIDE * AT_ONCE))
+    twos = code.and_(code.sub(stop, start), number(-STEP))
     end = code.add(start, twos)
     return [(AT_ONCE, start, end), (1, end, stop)]
 
 
-def _copy(code: Code, rows: Value, width: Value, strip: Value, count: int) -> None:
-    """Rows of a weight to blocks, a few at a time."""
+def _copy(code: Code, rows: Value, count: Value, width: Value, depth: Value, strip: Value) -> None:
+    """The first ``depth`` bytes of rows of a weight to blocks, a few rows at a time."""
     line = vector(I8, DEPTH)
-    with code.loop(number(0), number(count), _STREAMS) as row:
-        block = code.mul(code.and_(row, number(-SIDE)), width)
+    with code.loop(number(0), count, _STREAMS) as row:
+        block = code.mul(code.and_(row, number(-SIDE)), depth)
         within = code.mul(code.and_(row, number(SIDE - 1)), number(DEPTH))
         there = code.address(strip, code.add(block, within), I8)
         here = code.address(rows, code.mul(row, width), I8)
-        with code.loop(number(0), width, DEPTH) as start:
+        with code.loop(number(0), depth, DEPTH) as start:
             place = code.address(there, code.mul(start, number(SIDE)), I8)
             for stream in range(_STREAMS):
                 source = code.add(start, code.mul(width, number(stream)))
@@ -93,67 +123,105 @@ def _copy(code: Code, rows: Value, width: Value, strip: Value, count: int) -> No
 
 
 def _define_piece(module: ir.Module, tall: int, wide: int, ending: Ending, dots: Dots) -> Value:
-    """The function ``piece(call, group, strip, row, block, token, last token)``.
+    """The function ``piece(call, group, strip, sums, left, depth, row, block, token, last token)``.
 
     Args:
         module: to write it to.
-        tall: registers of rows, from ``row`` on.
+        tall: registers of rows, from ``row`` on; ``depth`` columns of them, from ``left`` on, are
+            in the strip.
         wide: registers of tokens, from ``block`` on, of which those before ``token`` and from the
             last one on are not wanted.
-        ending: what becomes of the sums.
+        ending: what becomes of the sums, of all columns.
         dots: what they are sums of.
     """
-    code = Code(module, f"piece_{tall}_{wide}", [POINTER, POINTER, POINTER, *[I64] * 4])
-    base, of_group, strip, row, block, token, last = code.parameters
+    code = Code(module, f"piece_{tall}_{wide}", [*[POINTER] * 4, *[I64] * 6])
+    base, of_group, strip, sums, left, depth, row, block, token, last = code.parameters
     call, group = Told(code, base, CALL), Told(code, of_group, GROUP)
-    matrices = registers(code, dots)
-    sums = {(r, t): r * wide + t for r in range(tall) for t in range(wide)}
-    blocks = code.address(call["blocks"], code.mul(block, call["stride"]), I8)
-    _multiply(code, matrices, sums, (strip, blocks), call["width"])
-    finish = Finish(code, ending, dots, call, group)
-    room, totals = code.room(SIDE * DEPTH), vector(I32, SIDE)
-    for (r, t), register in sums.items():
-        matrices.store(register, room)
-        rows = [code.value(code.address(room, number(i), totals), totals) for i in range(SIDE)]
-        for index, of_token in enumerate(_transposed(code, rows)):
-            code.store(of_token, code.address(room, number(index), totals))
-        first_row, first = (code.add(a, number(SIDE * i)) for a, i in ((row, r), (block, t)))
-        start = code.select(code.icmp_signed("<", first, token), token, first)
-        stop = code.smaller(last, code.add(first, number(SIDE)))
-        with code.loop(start, stop) as there:
-            place = code.address(room, code.sub(there, first), totals)
-            finish.write(code.value(place, totals), first_row, there)
+    square = _Square(code, tall, wide, dots)
+    places = {
+        (r, t): code.address(sums, number((r * _MOST_BLOCKS + t) * _BLOCK), I8)
+        for r, t in square.sums
+    }
+    column = code.add(code.mul(block, call["stride"]), code.mul(left, number(SIDE)))
+    blocks = code.address(call["blocks"], column, I8)
+    square.begin(code.icmp_signed("==", left, number(0)), places)
+    square.multiply(strip, blocks, depth, call["stride"])
+    is_last = code.icmp_signed("==", code.add(left, depth), call["width"])
+    with code.if_else(is_last) as (then, otherwise):
+        with then:
+            finish = Finish(code, ending, dots, call, group)
+            square.finish(finish, row, block, token, last)
+        with otherwise:
+            square.keep(places)
     code.ret_void()
     return code.function
 
 
-def _multiply(
-    code: Code,
-    matrices: Matrices,
-    sums: Mapping[tuple[int, int], int],
-    blocks: tuple[Value, Value],
-    width: Value,
-) -> None:
-    """All products of some registers of rows with some of tokens.
+class _Square:
+    """Registers of rows, of tokens, and of their sums.
 
     Args:
-        code: to write to.
-        matrices: the registers.
-        sums: which of them has the sums of which rows and tokens.
-        blocks: where those of the rows begin, and those of the tokens.
-        width: in bytes.
+        code: of the function that they are used in.
+        tall: registers of rows.
+        wide: registers of tokens.
+        dots: how they are multiplied.
     """
-    counts = [1 + max(index) for index in zip(*sums, strict=True)]
-    sides = [[AT_ONCE * (2 + side) + i for i in range(n)] for side, n in enumerate(counts)]
-    for register in sums.values():
-        matrices.clear(register)
-    with code.loop(number(0), width, DEPTH) as start:
-        for side, base in zip(sides, blocks, strict=True):
-            for i, register in enumerate(side):
-                place = code.mul(code.add(start, code.mul(width, number(i))), number(SIDE))
-                matrices.load(register, code.address(base, place, I8))
-        for (r, t), register in sums.items():
-            matrices.add(register, sides[0][r], sides[1][t])
+
+    def __init__(self, code: Code, tall: int, wide: int, dots: Dots) -> None:
+        self._code, self._matrices = code, registers(code, dots)
+        self.sums = {(r, t): r * wide + t for r in range(tall) for t in range(wide)}
+        self._rows = [AT_ONCE**2 + r for r in range(tall)]
+        self._tokens = [AT_ONCE**2 + AT_ONCE + t for t in range(wide)]
+
+    def begin(self, new: Value, places: Mapping[tuple[int, int], Value]) -> None:
+        """With 0 if this is new, with the sums that were kept if it is not."""
+        with self._code.if_else(new) as (then, otherwise):
+            with then:
+                for register in self.sums.values():
+                    self._matrices.clear(register)
+            with otherwise:
+                for index, register in self.sums.items():
+                    self._matrices.load(register, places[index])
+
+    def multiply(self, strip: Value, blocks: Value, depth: Value, stride: Value) -> None:
+        """Add all products.
+
+        Args:
+            strip: where the blocks of the rows begin.
+            blocks: where those of the tokens do.
+            depth: columns of the strip.
+            stride: columns that tokens have altogether.
+        """
+        code = self._code
+        sides = (self._rows, strip, depth), (self._tokens, blocks, stride)
+        with code.loop(number(0), depth, DEPTH) as start:
+            for registers_of_side, base, length in sides:
+                for i, register in enumerate(registers_of_side):
+                    place = code.mul(code.add(start, code.mul(length, number(i))), number(SIDE))
+                    self._matrices.load(register, code.address(base, place, I8))
+            for (r, t), register in self.sums.items():
+                self._matrices.add(register, self._rows[r], self._tokens[t])
+
+    def keep(self, places: Mapping[tuple[int, int], Value]) -> None:
+        """The sums, for the next columns."""
+        for index, register in self.sums.items():
+            self._matrices.store(register, places[index])
+
+    def finish(self, finish: Finish, row: Value, block: Value, token: Value, last: Value) -> None:
+        """Write the outputs of the tokens from ``token`` to before the last one."""
+        code, totals = self._code, vector(I32, SIDE)
+        place = code.room(_BLOCK)
+        for (r, t), register in self.sums.items():
+            self._matrices.store(register, place)
+            rows = [code.value(code.address(place, number(i), totals), totals) for i in range(SIDE)]
+            for index, of_token in enumerate(_transposed(code, rows)):
+                code.store(of_token, code.address(place, number(index), totals))
+            first_row, first = (code.add(a, number(SIDE * i)) for a, i in ((row, r), (block, t)))
+            start = code.select(code.icmp_signed("<", first, token), token, first)
+            stop = code.smaller(last, code.add(first, number(SIDE)))
+            with code.loop(start, stop) as there:
+                of_token = code.address(place, code.sub(there, first), totals)
+                finish.write(code.value(of_token, totals), first_row, there)
 
 
 def _transposed(code: Code, rows: list[Value]) -> list[Value]:

@@ -18,6 +18,7 @@ TYPES = {torch.float32, torch.bfloat16, torch.float16}
 # tokens that they are multiplied with meanwhile, by the registers of the processor: measured.
 _CHUNK_BYTES, _CHUNKS_PER_THREAD = 2**18, 4
 _CHUNK_ROWS, _BLOCK = {16: 48, 32: 96}, {16: 2**17, 32: 2**21}
+_CHUNK_OF_MATRICES = 128
 
 # Integers of a token begin where a line of the cache does.
 _LINE = 64
@@ -152,13 +153,15 @@ def products(
     # and shift follow them, four bytes each.
     stride = -(-width // _LINE) * _LINE
     size = (count if few else -(-count // amx.SIDE) * amx.SIDE) * stride
-    strips = 0 if few or not compiler.dots_here().matrices else threads * matrices.STRIP * stride
-    room = tokens.new_empty(2 * size + strips + 8 * count, dtype=torch.uint8)
-    integers = room.data_ptr()
-    scales = integers + 2 * size + strips
     pieces = _pieces(few, rows, stride, threads)
+    squares = compiler.dots_here().matrices and not few
+    strip = matrices.room(pieces[0], stride) if squares else 0
+    memory = tokens.new_empty(2 * size + threads * strip + 8 * count, dtype=torch.uint8)
+    integers = memory.data_ptr()
+    strips = integers + 2 * size
+    scales = strips + threads * strip
     places = [tokens.data_ptr(), count, width, integers, stride]
-    places += [integers + size, integers + 2 * size, scales, scales + 4 * count]
+    places += [integers + size, strips, strip, scales, scales + 4 * count]
     places += [out.data_ptr(), rows, *pieces, 0, len(groups)]
     first, held = 0, []  # Copies live until the kernel has read them.
     for weight, number, bias, row_sums in groups:
@@ -191,13 +194,16 @@ def name_of(dtype: torch.dtype) -> str:
 @functools.cache
 def _pieces(few: bool, rows: int, width: int, threads: int) -> tuple[int, int]:
     """Rows of a weight, and tokens, that a thread multiplies before it asks for more."""
-    from haq.int8.llvm import compiler, kernels
+    from haq.int8.llvm import compiler, kernels, matrices
 
     fair = -(-rows // (_CHUNKS_PER_THREAD * threads))
     if few:
         return max(1, min(_CHUNK_BYTES // width, fair)), kernels.FEW
     dots = compiler.dots_here()
-    rows_of_tile, tokens_of_tile = kernels.steps_of(dots)
+    if dots.matrices:
+        step = matrices.STEP
+        return -(-min(_CHUNK_OF_MATRICES, fair) // step) * step, matrices.MOST_TOKENS
+    rows_of_tile, tokens_of_tile = kernels.tile_of(dots)
     chunk = -(-min(_CHUNK_ROWS[dots.registers], fair) // rows_of_tile) * rows_of_tile
     block = _BLOCK[dots.registers] // width // tokens_of_tile
     return chunk, max(1, block) * tokens_of_tile
