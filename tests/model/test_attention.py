@@ -21,6 +21,12 @@ MODELS = ARCHITECTURES | MIXTURES
 USUAL = {"opt", "llama", "mistral", "qwen2", "qwen3", "gemma3", "phi3", "gpt2", "mixtral", "olmoe"}
 
 
+@pytest.fixture(autouse=True)
+def without_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processors that multiply matrices in bfloat16 have an attention of torch's that is faster."""
+    monkeypatch.setattr(attention, "_MATRICES", False)
+
+
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many tokens were attended to, each time the fast one was used."""
@@ -111,6 +117,21 @@ def test_everything_else_is_torchs(calls: list[int]) -> None:
         layer.self_attn.attention_dropout = 0.5
     decoded(in_training)
     assert not calls
+
+
+def test_torchs_is_used_where_it_multiplies_matrices(
+    calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_MATRICES", True)
+    monkeypatch.setattr(attention, "attend_to_prompt", lambda *_: pytest.fail("a prompt"))
+    model, tokens = ARCHITECTURES["llama"]().bfloat16(), token_ids(2, 40)
+    expected = [model(tokens).logits, decoded(model)]
+    use_fast_attention(model)
+    assert torch.equal(model(tokens).logits, expected[0])
+    assert torch.equal(decoded(model), expected[1])
+    assert not calls
+    decoded(model.half())
+    assert calls  # Of float16 it multiplies none.
 
 
 @pytest.mark.parametrize("implementation", ["eager", "flex_attention"])

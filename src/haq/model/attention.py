@@ -15,8 +15,10 @@ from haq.nn.attention import attend, attend_to_prompt
 
 NAME = "haq"
 
-# What it is about: in float32 torch's own is as fast.
-_DTYPES = (torch.bfloat16, torch.float16)
+# Whether the processor multiplies matrices in bfloat16, as torch's own attention then does (AMX);
+# versions of torch that cannot tell are not asked.
+_capabilities = getattr(torch.cpu, "get_capabilities", None)
+_MATRICES = bool(_capabilities and _capabilities().get("amx_bf16"))
 
 # Arguments that change nothing about the attention where they are None or False.
 _MORE = ("position_bias", "cache", "softcap", "s_aux", "output_attentions")
@@ -25,7 +27,8 @@ _MORE = ("position_bias", "cache", "softcap", "s_aux", "output_attentions")
 def use_fast_attention(model: PreTrainedModel) -> None:
     """Let a model that uses torch's attention use haq's where that is the faster one.
 
-    That is on a CPU, in 16 bits, for one new token and for prompts that are not masked. Everywhere
+    That is on a CPU, in 16 bits, for one new token and for prompts that are not masked; not in
+    bfloat16 where the processor multiplies matrices of it (AMX), and torch does. Everywhere
     else, on a GPU too, it computes what it computed before. A model that uses another
     implementation, or cannot change it, is left as it is.
     """
@@ -60,7 +63,7 @@ def attention_forward(
     """
     if (
         query.device.type == "cpu"
-        and query.dtype in _DTYPES
+        and _is_the_faster_one(query.dtype)
         and not dropout
         and len(query) == len(key)
         and not any(_given(kwargs.get(name)) for name in _MORE)
@@ -78,6 +81,11 @@ def attention_forward(
         module, query, key, value, attention_mask, dropout, scaling, **kwargs
     )
     return result
+
+
+def _is_the_faster_one(dtype: torch.dtype) -> bool:
+    """In float32 torch's own attention is as fast."""
+    return dtype == torch.float16 or (dtype == torch.bfloat16 and not _MATRICES)
 
 
 def _given(value: object) -> bool:
