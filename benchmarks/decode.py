@@ -64,6 +64,7 @@ PARTS = [
     ("torch.nn", "Linear.forward", "head in bfloat16"),
     ("haq.nn.kept", "_run", "head in bfloat16"),
     ("haq.model.attention", "attend", "attention"),
+    ("haq.model.attention", "sdpa_attention_forward", "attention"),
     ("haq.nn.norms", "_run_on_cpu", "norms"),
     (f"{MODELING}.llama.modeling_llama", "LlamaRMSNorm.forward", "norms"),
     (f"{MODELING}.mixtral.modeling_mixtral", "MixtralRMSNorm.forward", "norms"),
