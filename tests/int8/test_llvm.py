@@ -120,6 +120,19 @@ def test_several_weights_in_one_call(
         assert_same_bits(rows, reference)
 
 
+@pytest.mark.parametrize("columns", [1, 63, 64, 200])
+def test_sums_of_rows(way: Dots, columns: int) -> None:
+    packed = random_weight(37, columns)
+    packed.weight[0] = -128
+    packed.write(packed.weight)
+    if way.unsigned:
+        assert packed.sums is not None
+        assert packed.sums.dtype == torch.int32
+        assert packed.sums.tolist() == packed.weight.numpy().sum(1, dtype=np.int64).tolist()
+    else:
+        assert packed.sums is None
+
+
 @pytest.mark.usefixtures("way")
 def test_new_numbers_in_the_same_memory(generator: torch.Generator) -> None:
     packed, other = random_weight(9, 65), random_weight(9, 65, seed=1)

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from haq.int8 import grid
 from haq.int8.llvm.pages import in_large_pages
 
 TYPES = {torch.float32, torch.bfloat16, torch.float16}
@@ -85,9 +84,9 @@ class LlvmWeight:
 
     def _row_sums(self) -> Tensor | None:
         """Of the integers, for processors that need unsigned tokens."""
-        from haq.int8.llvm import compiler
+        from haq.int8.llvm import compiler, sums
 
-        return grid.sums_of_rows(self.weight) if compiler.dots_here().unsigned else None
+        return sums.sums_of_rows(self.weight) if compiler.dots_here().unsigned else None
 
 
 class Rows(NamedTuple):
