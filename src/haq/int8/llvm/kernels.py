@@ -17,9 +17,6 @@ from haq.int8.llvm.rounding import Rounding
 from haq.int8.llvm.tiles import Tile
 from haq.int8.llvm.words import FLOAT, I64, POINTER, Code, Type, Value, number
 
-FEW = 4
-"""As many tokens wait for a weight's rows, which are then read one by one, in order."""
-
 
 @dataclass(frozen=True)
 class Kind:
@@ -49,7 +46,7 @@ def module_of(kind: Kind, dots: Dots) -> ir.Module:
     sizes = [*_narrow(dots), *_wide(dots)]
     pieces = {(tile.rows, tile.tokens): tiles.define(module, tile, ending, dots) for tile in sizes}
     squares = matrices.define(module, ending, dots) if dots.matrices else None
-    item = _define_item(module, pieces, squares)
+    item = _define_item(module, pieces, squares, few_of(dots))
     layout = matrices.define_layout(module) if dots.matrices else None
     _define_run(module, round_token, layout, item, dots, floats.STORED[kind.source])
     return module
@@ -60,9 +57,17 @@ def tile_of(dots: Dots) -> tuple[int, int]:
     return tiles.ROWS_AT_ONCE, 6 if dots.registers == 32 else 2
 
 
+def few_of(dots: Dots) -> int:
+    """As many tokens wait for a weight's rows, which are then read one by one, in order.
+
+    Where matrices are multiplied, 16 tokens take as long as two: only one waits.
+    """
+    return 1 if dots.matrices else 4
+
+
 def _narrow(dots: Dots) -> list[Tile]:
     """For rows one by one: the fewer tokens, the more of a row at once."""
-    most = max(FEW, tile_of(dots)[1])
+    most = max(few_of(dots), tile_of(dots)[1])
     sums = dots.registers // 4
     return [Tile(1, tokens, max(1, sums // tokens)) for tokens in range(1, most + 1)]
 
@@ -73,14 +78,17 @@ def _wide(dots: Dots) -> list[Tile]:
 
 
 def _define_item(
-    module: ir.Module, pieces: Mapping[tuple[int, int], Value], squares: Value | None
+    module: ir.Module,
+    pieces: Mapping[tuple[int, int], Value],
+    squares: Value | None,
+    few_tokens: int,
 ) -> Value:
     """The function ``item(call, group, row, last row, token, last token)``: any rectangle."""
     code = Code(module, "item", [POINTER, POINTER, *[I64] * 4])
     call, group, row, last_row, token, last = code.parameters
     height, width = max(pieces)
     told = Told(code, group, GROUP)
-    few = code.icmp_signed("<=", code.sub(told["last"], told["first"]), number(FEW))
+    few = code.icmp_signed("<=", code.sub(told["last"], told["first"]), number(few_tokens))
     if squares:
         rest = code.and_(Told(code, call, CALL)["width"], number(amx.DEPTH - 1))
         fits = code.and_(code.not_(few), code.icmp_signed("==", rest, number(0)))
@@ -156,7 +164,7 @@ def _round_all(
     tokens, integers, scales, shifts = (
         call[name] for name in ("tokens", "integers", "scales", "shifts")
     )
-    many = code.icmp_signed(">", call["block"], number(FEW))
+    many = code.icmp_signed(">", call["block"], number(few_of(dots)))
     size = code.select(many, number(amx.SIDE if layout else 1), number(1))
     with code.loop(code.mul(first, size), count, code.mul(step, size)) as start:
         with code.loop(start, code.smaller(count, code.add(start, size))) as token:

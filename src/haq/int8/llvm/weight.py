@@ -147,13 +147,14 @@ def products(
     count = tokens.numel() // width
     out = tokens.new_empty((*tokens.shape[:-1], rows), dtype=target)
     threads = torch.get_num_threads()
-    few = max(group.tokens for group in groups) <= kernels.FEW
+    dots = compiler.dots_here()
+    few = max(group.tokens for group in groups) <= kernels.few_of(dots)
     # The integers take two bytes each at most, or one twice, then of whole blocks of tokens. Scale
     # and shift follow them, four bytes each.
     stride = -(-width // _LINE) * _LINE
     size = (count if few else -(-count // amx.SIDE) * amx.SIDE) * stride
     pieces = _pieces(few, rows, stride, threads)
-    squares = compiler.dots_here().matrices and not few
+    squares = dots.matrices and not few
     strip = matrices.room(pieces[0], stride) if squares else 0
     memory = tokens.new_empty(2 * size + threads * strip + 8 * count, dtype=torch.uint8)
     integers = memory.data_ptr()
@@ -196,9 +197,9 @@ def _pieces(few: bool, rows: int, width: int, threads: int) -> tuple[int, int]:
     from haq.int8.llvm import compiler, kernels, matrices
 
     fair = -(-rows // (_CHUNKS_PER_THREAD * threads))
-    if few:
-        return max(1, min(_CHUNK_BYTES // width, fair)), kernels.FEW
     dots = compiler.dots_here()
+    if few:
+        return max(1, min(_CHUNK_BYTES // width, fair)), kernels.few_of(dots)
     if dots.matrices:
         step = matrices.STEP
         return -(-min(_CHUNK_OF_MATRICES, fair) // step) * step, matrices.MOST_TOKENS
