@@ -1,5 +1,6 @@
 """The products that LLVM compiles, by every processor's instructions, against numpy."""
 
+import ctypes
 import re
 import subprocess
 import sys
@@ -279,6 +280,12 @@ def test_matrices_only_with_the_permission_of_the_system(
     monkeypatch.setattr(llvm, "get_host_cpu_features", lambda: dict.fromkeys(names.split(), True))
     monkeypatch.setattr(amx, "permitted", lambda: permitted)
     assert compiler.dots_here() == FoursOfBytes(512, registers=32, matrices=permitted)
+
+
+def test_other_systems_are_not_asked_for_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: pytest.fail("Windows has no such library"))
+    assert not amx.permitted.__wrapped__()
 
 
 @pytest.mark.usefixtures("unchecked")

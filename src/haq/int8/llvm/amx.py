@@ -5,6 +5,7 @@ It multiplies 16 rows of 64 bytes with 64 bytes of 16 tokens, and adds that to 1
 
 import ctypes
 import functools
+import sys
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -26,7 +27,10 @@ _ARCH_PRCTL, _REQUEST, _TILE_DATA = 158, 0x1023, 18
 @functools.cache
 def permitted() -> bool:
     """Whether the system lets this process use the registers of a processor that has them."""
-    answer: int = ctypes.CDLL(None).syscall(_ARCH_PRCTL, _REQUEST, _TILE_DATA)
+    if sys.platform != "linux":
+        return False
+    request = map(ctypes.c_long, (_ARCH_PRCTL, _REQUEST, _TILE_DATA))
+    answer: int = ctypes.CDLL(None).syscall(*request)
     return answer == 0
 
 
