@@ -142,9 +142,10 @@ def test_new_numbers_in_the_same_memory(generator: torch.Generator) -> None:
     assert_same_bits(packed.linear(x, None, None), expected(x, packed, None, False, x.dtype))
 
 
+@pytest.mark.parametrize("width", [200, 4096 + 64])
 @pytest.mark.parametrize("number", [1, 3, 16])
-def test_any_number_of_threads(number: int, generator: torch.Generator) -> None:
-    packed, x = random_weight(37, 200), torch.randn(6, 200, generator=generator)
+def test_any_number_of_threads(number: int, width: int, generator: torch.Generator) -> None:
+    packed, x = random_weight(165, width), torch.randn(70, width, generator=generator)
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:

@@ -118,8 +118,8 @@ def configure(code: Code, dots: Dots) -> None:
     # Palette 1; the bytes of a row from 16 on, two bytes each, and the rows from 48 on.
     widths = [DEPTH, 0] * REGISTERS + [0, 0] * REGISTERS
     rows = [SIDE] * REGISTERS + [0] * REGISTERS
-    place = code.room(SIDE * DEPTH)
-    code.store(constants(I8, [1, *[0] * 15, *widths, *rows][:DEPTH]), place)
+    place = code.room(DEPTH)
+    code.store(constants(I8, [1, *[0] * 15, *widths, *rows]), place)
     code.intrinsic("llvm.x86.ldtilecfg", VOID, place)
 
 
