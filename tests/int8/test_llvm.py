@@ -52,9 +52,15 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
     dots = WAYS[request.param]
     monkeypatch.setattr(compiler, "dots_here", lambda: dots)
     monkeypatch.setattr(compiler, "_kernels", COMPILED.setdefault(request.param, {}))
-    weight._pieces.cache_clear()
+    _forget_layouts()
     yield dots
+    _forget_layouts()
+
+
+def _forget_layouts() -> None:
+    """They are those of one processor."""
     weight._pieces.cache_clear()
+    weight._layout.cache_clear()
 
 
 def random_weight(rows: int, columns: int, seed: int = 0) -> LlvmWeight:

@@ -3,6 +3,7 @@
 from transformers import PreTrainedModel
 
 from haq.model.attention import use_fast_attention
+from haq.model.steps import use_fast_steps
 from haq.nn import norms
 from haq.nn.kept import use_fast_linears
 
@@ -16,3 +17,4 @@ def use_fast_parts(model: PreTrainedModel) -> None:
     if norms.may_run(model.dtype):  # Elsewhere a fused norm is the same as any.
         norms.fuse_norms(model)
     use_fast_linears(model)
+    use_fast_steps(model)

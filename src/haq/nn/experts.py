@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from haq.int8.cuda import TritonWeight, tokens_of, whole
-from haq.int8.llvm.weight import LlvmWeight
+from haq.int8.llvm.weight import TYPES, LlvmWeight
 from haq.int8.once import is_captured
 from haq.int8.reference import PackedWeight
+from haq.nn.chosen import ChosenExperts, is_gate, kind_of
 from haq.nn.grouped import Stacks, routed_sum
 from haq.nn.handles import register, registered
 from haq.nn.linear import Int8Linear
@@ -66,6 +67,8 @@ class Int8Experts(nn.Module):
         self.activation = activation
         self._handle = register(self)
         self._held: tuple[list[PackedWeight], Stacks] | None = None
+        self._gate: tuple[Activation, bool] | None = None
+        self._chosen: ChosenExperts | None = None
 
     @property
     def num_experts(self) -> int:
@@ -107,14 +110,28 @@ class Int8Experts(nn.Module):
             (named,) = top_k_index.tolist()
             if all(0 <= expert < self.num_experts for expert in named):
                 pairs = [self.expert(expert) for expert in named]
-                total = one_token(pairs, self.activation, hidden_states, top_k_weights)
-                return total.to(dtype)
+                return self._of_one_token(pairs, hidden_states, top_k_weights)
         order, counts = by_expert(top_k_index, self.num_experts)
         chosen = [(self.expert(e), count) for e, count in enumerate(counts) if count]
         experts, rows = [pair for pair, _ in chosen], [count for _, count in chosen]
         tokens = order // top_k_index.shape[1]
         outputs = expert_rows(experts, rows, self.activation, hidden_states, tokens)
         return weighted_sum(outputs, order, top_k_weights).to(dtype)
+
+    def _of_one_token(
+        self, pairs: list[tuple[Int8Linear, Int8Linear]], hidden_states: Tensor, weights: Tensor
+    ) -> Tensor:
+        dtype = hidden_states.dtype
+        gate, inner = self._gate, _layer(self.down, 0).in_features
+        if gate is None or gate[0] is not self.activation:
+            gate = self._gate = self.activation, is_gate(self.activation, inner)
+        if gate[1] and dtype in TYPES and _layer(self.up, 0).out_features == 2 * inner:
+            chosen = self._chosen
+            if chosen is None or chosen.kind != kind_of(pairs[0], len(pairs), dtype):
+                chosen = self._chosen = ChosenExperts(pairs[0], len(pairs), dtype)
+            if (result := chosen.run(pairs, hidden_states, weights)) is not None:
+                return result
+        return one_token(pairs, self.activation, hidden_states, weights).to(dtype)
 
     def _stacks(self) -> Stacks | None:
         """The matrices of all experts in two tensors; None where no kernel multiplies such.
@@ -168,7 +185,7 @@ class Int8Experts(nn.Module):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_held": None}
+        return {**self.__dict__, "_held": None, "_gate": None, "_chosen": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

@@ -77,6 +77,14 @@ def fuse_norms(model: nn.Module) -> int:
     return sum(isinstance(module, _FusedNorm) for module in model.modules())
 
 
+def formula(module: nn.Module) -> Norm | None:
+    """What a fused norm computes; None for any other module."""
+    if not isinstance(module, _FusedNorm):
+        return None
+    state: _State = vars(module)[_STATE]
+    return state.norm
+
+
 def may_run(dtype: torch.dtype) -> bool:
     """Whether there are kernels for the norms of a model of this dtype, on any device here.
 

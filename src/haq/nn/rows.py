@@ -176,11 +176,12 @@ def _compiled_span(
     states: Tensor,
 ) -> Tensor:
     """Some experts, each on so many rows, in two calls: from ``[S, D]`` to float32 ``[S, D]``."""
-    up, down = ([_group(pair[part], count) for pair, count in experts] for part in (0, 1))
+    up, down = ([group_of(pair[part], count) for pair, count in experts] for part in (0, 1))
     return products(down, activation(products(up, states, torch.float32)), torch.float32)
 
 
-def _group(layer: Int8Linear, count: int) -> Rows:
+def group_of(layer: Int8Linear, count: int = 1) -> Rows:
+    """Some tokens of a layer that has kernels of LLVM."""
     assert isinstance(layer._packed, LlvmWeight)
     return Rows(layer._packed, count, layer.bias, layer._row_sums)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from haq.int8.llvm import compiler, floats, threads
 from haq.int8.llvm.calls import Told
+from haq.int8.llvm.chain import Step
 from haq.int8.llvm.exponential import exponential
 from haq.int8.llvm.weight import name_of
 from haq.int8.llvm.words import (
@@ -70,6 +71,41 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Te
     places += [*key.stride()[:3], *value.stride()[:3]]
     compiler.run(_module, (key.dtype, mask is not None), places)
     return out
+
+
+def step(
+    dtype: torch.dtype, query: int, out: int, heads: int, groups: int, size: int, width: int
+) -> Step:
+    """`attend` for one row without a mask, as a part of a chain; `tell_keys` tells it the rest.
+
+    Args:
+        dtype: of keys, values and the result.
+        query: an address, float32 ``[H, D]``.
+        out: an address, ``[H, V]``.
+        heads: H.
+        groups: G.
+        size: D.
+        width: V.
+    """
+    told = [query, 0, 0, 0, 0, out, heads, heads, heads // groups, 0, size, width, *[0] * 6]
+    return Step(compiler.kernel_of(_module, (dtype, False)), _CALL, told)
+
+
+def tell_keys(step: Step, key: Tensor, value: Tensor, scores: int) -> None:
+    """What a token attends to.
+
+    Args:
+        step: to be told.
+        key: ``[1, G, T, D]``, with numbers of a token side by side.
+        value: ``[1, G, T, V]``, likewise.
+        scores: the address of room for float32 ``[H, T]``.
+    """
+    told = {"key": key.data_ptr(), "value": value.data_ptr(), "scores": scores}
+    told["tokens_before"] = key.shape[2]
+    for name, tensor in (("key", key), ("value", value)):
+        for at, by in enumerate(("row", "group", "token")):
+            told[f"{name}_{by}"] = tensor.stride(at)
+    step.tell(**told)
 
 
 def _module(dtype: torch.dtype, masked: bool) -> Any:

@@ -67,10 +67,10 @@ class Kernel:
             notify_func=lambda _, made: cache.save(key, made), getbuffer_func=lambda _: stored
         )
         self._engine.finalize_object()
-        self._run = self._engine.get_function_address("run")
+        self.address = self._engine.get_function_address("run")
 
     def __call__(self, places: "array[int]", threads: int) -> None:
-        self._parallel(self._run, places.buffer_info()[0], threads, 0)
+        self._parallel(self.address, places.buffer_info()[0], threads, 0)
 
 
 _lock = threading.Lock()
@@ -78,13 +78,12 @@ _lock = threading.Lock()
 _kernels: dict[tuple[Any, ...], Kernel] = {}
 
 
-def run(write: Callable[..., ir.Module], options: tuple[Any, ...], places: list[int]) -> None:
-    """Run a kernel on as many threads as torch uses. If there is none of this kind, it is compiled.
+def kernel_of(write: Callable[..., ir.Module], options: tuple[Any, ...]) -> Kernel:
+    """A kernel; if there is none of this kind, it is compiled.
 
     Args:
         write: gives a module with the function "run", from the options.
         options: what kind.
-        places: what the function is told.
     """
     key = write, options
     kernel = _kernels.get(key)
@@ -92,7 +91,18 @@ def run(write: Callable[..., ir.Module], options: tuple[Any, ...], places: list[
         with _lock:
             kernel = _kernels.get(key) or Kernel(write(*options))
             _kernels[key] = kernel
-    kernel(array("q", places), torch.get_num_threads())
+    return kernel
+
+
+def run(write: Callable[..., ir.Module], options: tuple[Any, ...], places: list[int]) -> None:
+    """Run a kernel on as many threads as torch uses.
+
+    Args:
+        write: as for `kernel_of`.
+        options: as for `kernel_of`.
+        places: what the function is told.
+    """
+    kernel_of(write, options)(array("q", places), torch.get_num_threads())
 
 
 @functools.cache

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from haq.int8.llvm import compiler, floats, threads
 from haq.int8.llvm.calls import Told
+from haq.int8.llvm.chain import Step
 from haq.int8.llvm.weight import name_of
 from haq.int8.llvm.words import (
     FLOAT,
@@ -57,6 +58,22 @@ def norm(x: Tensor, norm: Norm, weight: Tensor, bias: Tensor | None) -> Tensor:
     places += [0 if bias is None else bias.data_ptr(), out.data_ptr()]
     compiler.run(_module, (x.dtype, norm, bias is not None), places)
     return out
+
+
+def step(x: int, count: int, norm: Norm, weight: Tensor, bias: Tensor | None, out: int) -> Step:
+    """`norm` of ``[count, K]`` as a part of a chain.
+
+    Args:
+        x: the address of the tokens, 0 for one that is to be told.
+        count: how many there are.
+        norm: which one; it is not centered.
+        weight: ``[K]``, contiguous.
+        bias: ``[K]``, contiguous.
+        out: the address of the result.
+    """
+    kernel = compiler.kernel_of(_module, (weight.dtype, norm, bias is not None))
+    given = 0 if bias is None else bias.data_ptr()
+    return Step(kernel, _CALL, [x, count, len(weight), weight.data_ptr(), given, out])
 
 
 def _module(dtype: torch.dtype, norm: Norm, biased: bool) -> Any:

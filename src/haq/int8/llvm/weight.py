@@ -2,12 +2,15 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from haq.int8.llvm.pages import in_large_pages
+
+if TYPE_CHECKING:  # It needs llvmlite.
+    from haq.int8.llvm.chain import Step
 
 TYPES = {torch.float32, torch.bfloat16, torch.float16}
 """What kernels read and write."""
@@ -130,7 +133,7 @@ def products(
     Raises:
         RuntimeError: the tokens are not in the CPU's memory.
     """
-    from haq.int8.llvm import amx, compiler, kernels, matrices
+    from haq.int8.llvm import compiler
 
     if not tokens.is_cpu:  # A kernel would read what is at this address there.
         raise RuntimeError(
@@ -141,40 +144,111 @@ def products(
         tokens = tokens.float()
     tokens = tokens.contiguous()
     target = dtype if dtype in TYPES else torch.float32
-    _, _, bias, row_sums = groups[0]
-    rows, width = groups[0].weight.weight.shape
-    kind = tokens.dtype, target, scaled, row_sums is not None, bias is not None
-    count = tokens.numel() // width
-    out = tokens.new_empty((*tokens.shape[:-1], rows), dtype=target)
-    threads = torch.get_num_threads()
-    dots = compiler.dots_here()
-    few = max(group.tokens for group in groups) <= kernels.few_of(dots)
-    # The integers take two bytes each at most, or one twice, then of whole blocks of tokens. Scale
-    # and shift follow them, four bytes each.
-    stride = -(-width // _LINE) * _LINE
-    size = (count if few else -(-count // amx.SIDE) * amx.SIDE) * stride
-    pieces = _pieces(few, rows, stride, threads)
-    squares = dots.matrices and not few
-    strip = matrices.room(pieces[0], stride) if squares else 0
-    memory = tokens.new_empty(2 * size + threads * strip + 8 * count, dtype=torch.uint8)
-    integers = memory.data_ptr()
-    strips = integers + 2 * size
-    scales = strips + threads * strip
-    places = [tokens.data_ptr(), count, width, integers, stride]
-    places += [integers + size, strips, strip, scales, scales + 4 * count]
-    places += [out.data_ptr(), rows, *pieces, 0, len(groups)]
-    first, held = 0, []  # Copies live until the kernel has read them.
-    for weight, number, bias, row_sums in groups:
-        # Asked anew: a tensor that goes to another process moves into memory that is shared.
-        parts = weight.weight, weight.scale, weight.sums, bias, row_sums
-        held.append([None if part is None else part.contiguous() for part in parts])
-        places += [*map(_address, held[-1]), first, first + number]
-        first += number
-    compiler.run(_module, kind, places)
+    kind = kind_of(groups, tokens.dtype, target, scaled)
+    out = tokens.new_empty((*tokens.shape[:-1], len(groups[0].weight.weight)), dtype=target)
+    memory = tokens.new_empty(room(groups), dtype=torch.uint8)
+    held = [parts_of(group) for group in groups]  # Copies live until the kernel has read them.
+    at = tokens.data_ptr(), memory.data_ptr(), out.data_ptr()
+    compiler.run(module_of, kind, places(groups, held, *at))
     return out if target is dtype else out.to(dtype)
 
 
-def _module(source: torch.dtype, target: torch.dtype, *options: bool) -> Any:
+def kind_of(
+    groups: Sequence[Rows], source: torch.dtype, target: torch.dtype, scaled: bool = True
+) -> tuple[Any, ...]:
+    """The options of `module_of`."""
+    _, _, bias, row_sums = groups[0]
+    return source, target, scaled, row_sums is not None, bias is not None
+
+
+def parts_of(group: Rows) -> list[Tensor | None]:
+    """What a kernel reads of a weight, in the order of `haq.int8.llvm.calls.GROUP`.
+
+    Asked anew for each call: a tensor that goes to another process moves into shared memory.
+    """
+    weight, _, bias, row_sums = group
+    parts = weight.weight, weight.scale, weight.sums, bias, row_sums
+    return [None if part is None else part.contiguous() for part in parts]
+
+
+def room(groups: Sequence[Rows]) -> int:
+    """Bytes of memory that the products need beside tokens and outputs."""
+    return _layout(*_size(groups), torch.get_num_threads())[-1]
+
+
+def places(
+    groups: Sequence[Rows],
+    held: Sequence[Sequence[Tensor | None]],
+    tokens: int,
+    memory: int,
+    out: int,
+) -> list[int]:
+    """What a kernel is told.
+
+    Args:
+        groups: as for `products`.
+        held: the `parts_of` each.
+        tokens: the address of the tokens.
+        memory: that of as many bytes as `room` says.
+        out: that of the outputs.
+    """
+    count, _, rows, width = size = _size(groups)
+    stride, integers, strip, pieces, total = _layout(*size, torch.get_num_threads())
+    strips, scales = memory + 2 * integers, memory + total - 8 * count
+    told = [tokens, count, width, memory, stride, memory + integers, strips, strip]
+    told += [scales, scales + 4 * count, out, rows, *pieces, 0, len(groups)]
+    first = 0
+    for group, parts in zip(groups, held, strict=True):
+        told += [*map(_address, parts), first, first + group.tokens]
+        first += group.tokens
+    return told
+
+
+def step(groups: Sequence[Rows], dtypes: tuple[torch.dtype, torch.dtype], *at: int) -> "Step":
+    """Products as a part of a chain, whose weights have to live as long as it is run.
+
+    Args:
+        groups: as for `products`.
+        dtypes: of tokens and outputs, both of `TYPES`.
+        at: addresses, as for `places`.
+    """
+    from haq.int8.llvm import calls, chain, compiler
+
+    kernel = compiler.kernel_of(module_of, kind_of(groups, *dtypes))
+    told = places(groups, [parts_of(group) for group in groups], *at)
+    return chain.Step(kernel, calls.CALL + calls.GROUP, told)
+
+
+def _size(groups: Sequence[Rows]) -> tuple[int, int, int, int]:
+    """How many tokens in all, and of one weight at most; rows and width of the weights."""
+    counts = [group.tokens for group in groups]
+    return sum(counts), max(counts), *groups[0].weight.weight.shape
+
+
+@functools.lru_cache(4096)
+def _layout(
+    count: int, most: int, rows: int, width: int, threads: int
+) -> tuple[int, int, int, tuple[int, int], int]:
+    """Of a call's memory: bytes of a token's integers, of all, and of each thread's strip.
+
+    Then the pieces that the work is done in, and how many bytes all of it takes.
+    """
+    from haq.int8.llvm import amx, compiler, kernels, matrices
+
+    dots = compiler.dots_here()
+    few = most <= kernels.few_of(dots)
+    # The integers take two bytes each at most, or one twice, then of whole blocks of tokens. Scale
+    # and shift follow them, four bytes each.
+    stride = -(-width // _LINE) * _LINE
+    integers = (count if few else -(-count // amx.SIDE) * amx.SIDE) * stride
+    pieces = _pieces(few, rows, stride, threads)
+    strip = matrices.room(pieces[0], stride) if dots.matrices and not few else 0
+    return stride, integers, strip, pieces, 2 * integers + threads * strip + 8 * count
+
+
+def module_of(source: torch.dtype, target: torch.dtype, *options: bool) -> Any:
+    """What has the kernel of such products: types of tokens and outputs, and whether there are
+    scales, zero points and biases."""
     from haq.int8.llvm import compiler, kernels
 
     kind = kernels.Kind(name_of(source), name_of(target), *options)

@@ -1,0 +1,97 @@
+"""The experts that one token chose, in one call: both products, the gate, and the weighted sum."""
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from haq.int8.llvm import weight
+from haq.nn.linear import Int8Linear
+from haq.nn.rows import Activation, group_of
+
+# Rows that tell one activation from another.
+_SAMPLE_ROWS = 4
+
+
+class ChosenExperts:
+    """The chain of kernels for some experts of a layer, and its memory.
+
+    Args:
+        pair: the two matrices of any expert, ``[2 I, D]`` and ``[D, I]``, with kernels of LLVM.
+        count: how many experts the token chose, A.
+        dtype: of the token, one of `haq.int8.llvm.weight.TYPES`.
+    """
+
+    def __init__(self, pair: tuple[Int8Linear, Int8Linear], count: int, dtype: torch.dtype) -> None:
+        from haq.int8.llvm import between
+        from haq.int8.llvm.chain import Chain
+
+        channels, inner = pair[0].in_features, pair[1].in_features
+        self.kind = kind_of(pair, count, dtype)
+        self._lock = threading.Lock()
+        self._tokens = torch.empty(count, channels, dtype=dtype)
+        middle, gated, rows = (torch.empty(count, n) for n in (2 * inner, inner, channels))
+        groups = [[group_of(layer)] * count for layer in pair]
+        memory = torch.empty(max(map(weight.room, groups)), dtype=torch.uint8)
+        self._memory = middle, gated, rows, memory
+        room = memory.data_ptr()
+        self._places = (
+            (self._tokens.data_ptr(), room, middle.data_ptr()),
+            (gated.data_ptr(), room, rows.data_ptr()),
+        )
+        first, second = zip(groups, ((dtype, torch.float32), (torch.float32,) * 2), strict=True)
+        self._products = [
+            weight.step(*kind, *at) for kind, at in zip((first, second), self._places, strict=True)
+        ]
+        self._sum = between.weighted_step(dtype, rows.data_ptr(), 0, 0, count, channels)
+        halves = middle.data_ptr(), middle[:, inner:].data_ptr()
+        gate = between.gate_step(torch.float32, *halves, gated.data_ptr(), count, inner, 2 * inner)
+        self._chain = Chain([self._products[0], gate, self._products[1], self._sum])
+
+    def run(
+        self, pairs: Sequence[tuple[Int8Linear, Int8Linear]], x: Tensor, weights: Tensor
+    ) -> Tensor | None:
+        """What `haq.nn.rows.one_token` gives, in the token's dtype.
+
+        Args:
+            pairs: the two matrices of each expert, as the router names them, A of them.
+            x: ``[1, D]``.
+            weights: float ``[1, A]``.
+
+        Returns:
+            ``[1, D]``; None, and nothing was done, if another thread is in here.
+        """
+        if not self._lock.acquire(blocking=False):
+            return None
+        try:
+            self._tokens.copy_(x)
+            factors = weights.float().contiguous()
+            out = x.new_empty(x.shape)
+            held = []  # It lives until the kernels have read it.
+            for part, (product, at) in enumerate(zip(self._products, self._places, strict=True)):
+                groups = [group_of(pair[part]) for pair in pairs]
+                held.append([weight.parts_of(group) for group in groups])
+                product.tell_all(weight.places(groups, held[-1], *at))
+            self._sum.tell(b=factors.data_ptr(), out=out.data_ptr())
+            self._chain.run()
+            return out
+        finally:
+            self._lock.release()
+
+
+def kind_of(pair: tuple[Int8Linear, Int8Linear], count: int, dtype: torch.dtype) -> tuple[Any, ...]:
+    """What is the same in all calls that one `ChosenExperts` serves."""
+    forms = [(layer.asymmetric, layer.bias is None) for layer in pair]
+    return count, dtype, *forms
+
+
+def is_gate(activation: Activation, inner: int) -> bool:
+    """Whether an activation is the one that there is a kernel for: ``silu(a) * b`` of halves."""
+    generator = torch.Generator().manual_seed(0)
+    sample = 4 * torch.randn(_SAMPLE_ROWS, 2 * inner, generator=generator)
+    expected = F.silu(sample[:, :inner]) * sample[:, inner:]
+    found = activation(sample)
+    return found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-5, atol=1e-6)

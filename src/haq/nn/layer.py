@@ -1,0 +1,197 @@
+"""A decoder layer for one new token, in two calls: up to its keys and values, and what follows.
+
+A layer of `transformers` is forty operations. Beside weights that are read at the memory's speed
+each of them takes microseconds that add up, a quarter to half of a decoding step: Python, a look at
+each tensor, threads that wait to be woken. Here they are two chains of kernels whose memory is
+there already. Between them the cache, whatever kind it is, is given the keys and values.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from haq.int8.llvm import weight
+from haq.nn.linear import Int8Linear
+from haq.nn.norms import formula
+from haq.nn.parts import Gated, Parts, tensors_of_norm
+from haq.nn.rows import group_of
+
+if TYPE_CHECKING:  # It needs llvmlite.
+    from haq.int8.llvm.chain import Step
+
+Update = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Gives a cache a token's key and value, and gives what the token attends to."""
+
+# Where what a kernel writes begins: at a line of the cache.
+_LINE = 64
+
+# Of keys that there is room for at first; it doubles when they are more.
+_KEYS = 1024
+
+
+class LayerStep:
+    """The two chains of a layer, and their memory.
+
+    Args:
+        parts: of the layer, for which `haq.nn.parts.fits`.
+        dtype: of its input.
+        turned: to how much of each head rotary embeddings are applied, R.
+
+    Attributes:
+        is_current: false once `run` has found that tensors are not where they were.
+    """
+
+    def __init__(self, parts: Parts, dtype: torch.dtype, turned: int) -> None:
+        self.parts, self.dtype, self.turned = parts, dtype, turned
+        self.heads, self.groups, self.width = parts.heads, parts.groups, parts.width
+        self.channels = parts.query.in_features
+        self.is_current = True
+        self._lock = threading.Lock()
+        self._addresses = _addresses(parts.tensors())
+        self._memory: list[Tensor] = []
+        self._scores = torch.empty(self.heads * _KEYS, dtype=torch.float32)
+        self._build()
+
+    def run(self, x: Tensor, cos: Tensor, sin: Tensor, update: Update) -> list[Tensor] | None:
+        """The layer's output; or, without a gated block, what it is to be added to, and its input.
+
+        Args:
+            x: ``[1, 1, K]``, contiguous, as the next two.
+            cos: of a token's rotation, with R numbers.
+            sin: likewise.
+            update: called once, with ``[1, G, 1, D]`` and ``[1, G, 1, V]``.
+
+        Returns:
+            Tensors ``[1, 1, K]``; None, and nothing was done, if another thread is in here, or if
+            a tensor is not where it was: it may have been loaded, moved or shared.
+        """
+        if not self._lock.acquire(blocking=False):
+            return None
+        try:
+            held = self.parts.tensors()  # They live until the kernels have read them.
+            self.is_current = _addresses(held) == self._addresses
+            return self._run(x, cos, sin, update) if self.is_current else None
+        finally:
+            self._lock.release()
+
+    def _run(self, x: Tensor, cos: Tensor, sin: Tensor, update: Update) -> list[Tensor]:
+        key = x.new_empty(1, self.groups, 1, self.parts.size)
+        value = x.new_empty(1, self.groups, 1, self.width)
+        address = x.data_ptr()
+        self._first_norm.tell(tokens=address)
+        self._value.tell(out=value.data_ptr())
+        told = {"cos": cos.data_ptr(), "sin": sin.data_ptr(), "turned_key": key.data_ptr()}
+        self._rotation.tell(**told)
+        self._before.run()
+        keys, values = (_plain(tensor, x) for tensor in update(key, value))
+        if self.heads * keys.shape[2] > len(self._scores):
+            self._scores = self._scores.new_empty(2 * self.heads * keys.shape[2])
+        self._tell_keys(self._attention, keys, values, self._scores.data_ptr())
+        self._first_sum.tell(a=address)
+        results = [torch.empty_like(x) for _ in self._outputs]
+        for (step, name), result in zip(self._outputs, results, strict=True):
+            step.tell(**{name: result.data_ptr()})
+        if self.parts.gated is None:
+            self._second_norm.tell(tokens=results[0].data_ptr())
+        self._after.run()
+        return results
+
+    def _build(self) -> None:
+        from haq.int8.llvm import attention, between
+        from haq.int8.llvm.chain import Chain
+
+        parts, dtype, size = self.parts, self.dtype, self.parts.size
+        self._room = self._take(max(weight.room([group_of(layer)]) for layer in parts.linears))
+        normed, query, key, turned, attended, product, total = (
+            self._take(count * width)
+            for count, width in (
+                (self.channels, 2),
+                (self.heads * size, 2),
+                (self.groups * size, 2),
+                (self.heads * size, 4),
+                (self.heads * self.width, 2),
+                (self.channels, 2),
+                (self.channels, 2),
+            )
+        )
+        self._first_norm = self._norm(parts.norms[0], 0, normed)
+        self._value = self._product(parts.value, normed, 0)
+        shape = [self.heads, self.groups, size, self.turned]
+        self._rotation = between.rotation_step(dtype, parts.scale, query, key, turned, shape)
+        self._before = Chain(
+            [
+                self._first_norm,
+                self._product(parts.query, normed, query),
+                self._product(parts.key, normed, key),
+                self._value,
+                *self._norms_of_heads(query, key),
+                self._rotation,
+            ]
+        )
+        self._tell_keys = attention.tell_keys
+        self._attention = attention.step(
+            dtype, turned, attended, self.heads, self.groups, size, self.width
+        )
+        self._first_sum = between.sum_step(dtype, 0, product, total, self.channels)
+        self._second_norm = self._norm(parts.norms[1], total, normed)
+        steps = [
+            self._attention,
+            self._product(parts.output, attended, product),
+            self._first_sum,
+            self._second_norm,
+        ]
+        self._outputs = [(self._first_sum, "out"), (self._second_norm, "out")]
+        if parts.gated is not None:
+            last = between.sum_step(dtype, total, product, 0, self.channels)
+            steps += [*self._gated(parts.gated, normed, product), last]
+            self._outputs = [(last, "out")]
+        self._after = Chain(steps)
+
+    def _norms_of_heads(self, query: int, key: int) -> Iterator["Step"]:
+        """In place: a kernel reads all of a head before it writes."""
+        for norm, place, heads in zip(
+            self.parts.head_norms, (query, key), (self.heads, self.groups), strict=False
+        ):
+            width = len(norm.get_parameter("weight"))
+            yield self._norm(norm, place, place, heads * self.parts.size // width)
+
+    def _gated(self, gated: Gated, tokens: int, out: int) -> Iterator["Step"]:
+        from haq.int8.llvm.between import gate_step
+
+        inner = gated.gate.out_features
+        first, second, product = (self._take(2 * inner) for _ in range(3))
+        yield self._product(gated.gate, tokens, first)
+        yield self._product(gated.up, tokens, second)
+        yield gate_step(self.dtype, first, second, product, 1, inner, inner)
+        yield self._product(gated.down, product, out)
+
+    def _norm(self, module: nn.Module, tokens: int, out: int, count: int = 1) -> "Step":
+        from haq.int8.llvm import norms
+
+        norm, (scale, bias) = formula(module), tensors_of_norm(module)
+        assert norm is not None
+        assert scale is not None
+        return norms.step(tokens, count, norm, scale, bias, out)
+
+    def _product(self, layer: Int8Linear, tokens: int, out: int) -> "Step":
+        dtypes = self.dtype, self.dtype
+        return weight.step([group_of(layer)], dtypes, tokens, self._room, out)
+
+    def _take(self, size: int) -> int:
+        """The address of so many bytes, which stay until this object goes."""
+        self._memory.append(torch.empty(size + _LINE, dtype=torch.uint8))
+        return -(-self._memory[-1].data_ptr() // _LINE) * _LINE
+
+
+def _plain(tensor: Tensor, like: Tensor) -> Tensor:
+    """What a cache gave, as the kernel reads it: caches may keep what they were given elsewhere."""
+    if tensor.dtype != like.dtype or not tensor.is_cpu:
+        tensor = tensor.to(like)
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _addresses(tensors: list[Tensor | None]) -> list[int]:
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]

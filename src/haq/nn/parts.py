@@ -1,0 +1,136 @@
+"""What a decoder layer consists of, and whether there are kernels for all of it."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from haq.int8.llvm.weight import LlvmWeight
+from haq.nn.linear import Int8Linear
+from haq.nn.norms import formula
+
+DTYPES = (torch.bfloat16, torch.float16)
+"""Of the tokens that there are kernels for, all that a layer needs."""
+
+
+@dataclass(frozen=True)
+class Gated:
+    """A gated block of linear layers: ``down(silu(gate(x)) * up(x))``."""
+
+    gate: Int8Linear
+    up: Int8Linear
+    down: Int8Linear
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a decoder layer consists of.
+
+    ``y = x + output(attention(...))``, and then ``y + gated(second_norm(y))``. The attention has
+    rotary embeddings of halves.
+
+    Attributes:
+        norms: the one before the attention and the one before the gated block.
+        query: ``[H D, K]``.
+        key: ``[G D, K]``.
+        value: ``[G V, K]``.
+        output: ``[K, H V]``.
+        head_norms: of queries and of keys, of each head or of all at once; or none.
+        gated: None if something else follows the second norm.
+        size: D.
+        scale: of the scores.
+    """
+
+    norms: tuple[nn.Module, nn.Module]
+    query: Int8Linear
+    key: Int8Linear
+    value: Int8Linear
+    output: Int8Linear
+    head_norms: tuple[nn.Module, ...]
+    gated: Gated | None
+    size: int
+    scale: float
+
+    @property
+    def linears(self) -> list[Int8Linear]:
+        gated = self.gated
+        more = [] if gated is None else [gated.gate, gated.up, gated.down]
+        return [self.query, self.key, self.value, self.output, *more]
+
+    @property
+    def all_norms(self) -> list[nn.Module]:
+        return [*self.norms, *self.head_norms]
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        return [*self.linears, *self.all_norms]
+
+    @property
+    def inner(self) -> int:
+        """What is between the products of the gated block, I."""
+        return 0 if self.gated is None else self.gated.gate.out_features
+
+    @property
+    def heads(self) -> int:
+        return self.query.out_features // self.size
+
+    @property
+    def groups(self) -> int:
+        """Heads of keys and values, G."""
+        return self.key.out_features // self.size
+
+    @property
+    def width(self) -> int:
+        """Of a value, V."""
+        return self.value.out_features // max(1, self.groups)
+
+    def tensors(self) -> list[Tensor | None]:
+        """All that kernels read, as it is now: somebody may load, move or share it at any time."""
+        found: list[Tensor | None] = []
+        for layer in self.linears:
+            packed = layer._packed
+            if isinstance(packed, LlvmWeight):
+                found += [packed.weight, packed.scale, packed.sums]
+            found += [layer._buffers["bias"], layer._row_sums]
+        for norm in self.all_norms:
+            found += tensors_of_norm(norm)
+        return found
+
+
+def fits(parts: Parts, dtype: torch.dtype) -> bool:
+    """Whether kernels can do all that a layer does with one token of a dtype, on the CPU."""
+    if dtype not in DTYPES or not all(
+        isinstance(layer._packed, LlvmWeight) for layer in parts.linears
+    ):
+        return False
+    norms = [formula(module) for module in parts.all_norms]
+    if any(norm is None or norm.centered for norm in norms):
+        return False
+    tensors = [tensor for tensor in parts.tensors() if tensor is not None]
+    of_norms = [t for norm in parts.all_norms for t in tensors_of_norm(norm) if t is not None]
+    plain = all(tensor.is_contiguous() and tensor.is_cpu for tensor in tensors)
+    alike = all(tensor.dtype == dtype for tensor in of_norms)
+    return plain and alike and _shapes_fit(parts)
+
+
+def _shapes_fit(parts: Parts) -> bool:
+    channels, size, inner = parts.query.in_features, parts.size, parts.inner
+    heads, groups, width = parts.heads, parts.groups, parts.width
+    if not groups or heads % groups:
+        return False
+    expected = [(heads * size, channels), (groups * size, channels)]
+    expected += [(groups * width, channels), (channels, heads * width)]
+    if parts.gated is not None:
+        expected += [(inner, channels), (inner, channels), (channels, inner)]
+    given = [(layer.out_features, layer.in_features) for layer in parts.linears]
+    of_heads = zip(parts.head_norms, (heads * size, groups * size), strict=False)
+    return (
+        given == expected
+        and all(len(norm.get_parameter("weight")) == channels for norm in parts.norms)
+        and all(len(norm.get_parameter("weight")) in (size, all_) for norm, all_ in of_heads)
+    )
+
+
+def tensors_of_norm(norm: nn.Module) -> list[Tensor | None]:
+    """Its weight and its bias."""
+    return [norm._parameters["weight"], norm._parameters.get("bias")]
