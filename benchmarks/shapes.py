@@ -1,10 +1,11 @@
 """Whole models to time: their shapes, random weights, int8 copies, and the two kinds of work.
 
 Speed does not depend on the weights, so they are pieces of one random pattern: to draw a billion
-numbers takes a minute. Decoding is one token after a prompt of 128, again and again: the cache is
-cut back after each. Prefill is a whole prompt, with logits for its last token only. They are asked
-for by index: for the slice that ``generate`` takes torch copies the whole head first, which takes
-a model as long again as everything else.
+numbers takes a minute. Decoding is one token after a prompt of 128 and those before it; the cache
+is cut back after 16 of them, or after each where the model is compiled for one length. Prefill is a
+whole prompt, with logits for its last token only. They are asked for by index: for the slice that
+``generate`` takes torch copies the whole head first, which takes a model as long again as
+everything else.
 """
 
 import copy
@@ -34,6 +35,7 @@ from haq.model.fast import use_fast_parts
 from haq.nn import Int8Experts, Int8Linear
 
 PROMPT, LONG_PROMPT = 128, 512
+TEXT = 16  # tokens that are decoded before the cache is cut back
 VOCABULARY = 32000
 
 LLAMA_2048 = {
@@ -176,19 +178,21 @@ def with_own_modules(model: PreTrainedModel, shared: Iterable[nn.Module] = ()) -
     return copy.deepcopy(model, {id(part): part for part in (*tensors, *shared)})
 
 
-def decoder(model: PreTrainedModel) -> harness.Run:
-    """One token after the prompt."""
-    tokens = prompt(PROMPT + 1)
+def decoder(model: PreTrainedModel, length: int = PROMPT) -> harness.Run:
+    """One token after a prompt, and then after one token more."""
+    tokens = prompt(length + 1)
     cache = DynamicCache(config=model.config)
     # A step, too, and not compiled: all that is to be compiled is the step that is repeated.
     eager = getattr(model, "_orig_mod", model)
     filled = {cache_argument(eager): cache}
     eager(tokens, **filled, logits_to_keep=1)
     cache.crop(-1)
+    most = 1 if eager is not model else TEXT
 
     def step() -> Tensor:
         logits: Tensor = model(tokens[:, -1:], **filled).logits
-        cache.crop(-1)
+        if cache.get_seq_length() == length + most:
+            cache.crop(-most)
         return logits
 
     return step

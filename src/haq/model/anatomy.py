@@ -1,6 +1,6 @@
 """What a decoder layer seems to be, by the names that most families have for its parts."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -55,12 +55,38 @@ def block_of(layer: nn.Module) -> nn.Module:
     return module
 
 
-def modules_of(layer: nn.Module) -> list[nn.Module | None]:
-    """All modules that kernels stand in for, as they are now: the block's parts are the last."""
+class Slot(NamedTuple):
+    """Where a module is held.
+
+    Attributes:
+        held: the modules of its parent, by name.
+        name: its own.
+        module: what is there, perhaps nothing.
+        kind: its class.
+    """
+
+    held: dict[str, nn.Module | None]
+    name: str
+    module: nn.Module | None
+    kind: type[Any]
+
+
+def slots_of(layer: nn.Module) -> list[Slot]:
+    """Where all modules are that kernels stand in for: the block and its parts are the last."""
     attention, block = attention_of(layer), block_of(layer)
-    found = [attention, *(layer._modules[name] for name in _NORMS)]
-    found += [attention._modules.get(name) for name in (*_PROJECTIONS, *_HEAD_NORMS)]
-    return [*found, block, *(block._modules.get(name) for name in (*_GATED, _ACTIVATION))]
+    (name,) = (name for name, module in layer._modules.items() if module is block)
+    places = [(layer, _ATTENTION), *((layer, norm) for norm in _NORMS)]
+    places += [(attention, inside) for inside in (*_PROJECTIONS, *_HEAD_NORMS)]
+    places += [(layer, name), *((block, inside) for inside in (*_GATED, _ACTIVATION))]
+    found = ((parent._modules, name, parent._modules.get(name)) for parent, name in places)
+    return [Slot(*slot, type(slot[-1])) for slot in found]
+
+
+def are_as_before(slots: list[Slot]) -> bool:
+    """Whether no module was replaced by another, or by one of another class."""
+    return all(
+        held.get(name) is module and type(module) is kind for held, name, module, kind in slots
+    )
 
 
 def parts_of(layer: nn.Module) -> Parts | None:
@@ -80,15 +106,22 @@ def parts_of(layer: nn.Module) -> Parts | None:
     return Parts((first, second), query, key, value, output, head_norms, gated, size, scale)
 
 
-def is_untouched(layer: nn.Module, parts: Parts) -> bool:
-    """Whether nobody looks at, or replaced, what the modules of a layer would do by themselves."""
-    attention = attention_of(layer)
-    if attention.config._attn_implementation != NAME or torch_module._has_any_global_hook():
-        return False
-    modules = modules_of(layer)
+def replaced_by(slots: list[Slot], parts: Parts) -> list[nn.Module]:
+    """The modules that are not called where kernels run."""
     if parts.gated is None:  # The block is called as it is.
-        modules = modules[: -len(_GATED) - 2]
-    return not any(_is_watched(module) for module in modules if module is not None)
+        slots = slots[: -len(_GATED) - 2]
+    return [slot.module for slot in slots if slot.module is not None]
+
+
+def are_untouched(modules: list[nn.Module]) -> bool:
+    """Whether nobody looks at, or changed, what modules would do; the first is the attention."""
+    if torch_module._has_any_global_hook():
+        return False
+    for module in modules:
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+            return False
+    config: Any = modules[0].config
+    return bool(config._attn_implementation == NAME)
 
 
 def _gated(module: nn.Module) -> Gated | None:
@@ -106,13 +139,3 @@ def _gated(module: nn.Module) -> Gated | None:
     ):
         return None
     return Gated(gate, up, down)
-
-
-def _is_watched(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )

@@ -16,16 +16,20 @@ from transformers import Cache, PreTrainedModel
 
 from haq.int8 import matmul
 from haq.model.anatomy import (
+    Slot,
+    are_as_before,
+    are_untouched,
     attention_of,
     block_of,
-    is_untouched,
     may_be_layer,
-    modules_of,
     parts_of,
+    replaced_by,
+    slots_of,
 )
+from haq.model.growing import Store
 from haq.model.trials import agree
 from haq.nn.layer import LayerStep
-from haq.nn.parts import DTYPES, fits
+from haq.nn.parts import DTYPES, Parts, fits
 from haq.nn.swapped import Swapped, swap
 
 _CACHES = ("cache", "past_key_values")  # transformers 5.24 renamed it.
@@ -60,7 +64,23 @@ def use_fast_steps(model: PreTrainedModel) -> int:
 def takes_fast_steps(layer: nn.Module) -> bool:
     """Whether the latest token that a layer could have taken in two calls was taken so."""
     state: _State | None = vars(layer).get(_STATE)
-    return state is not None and state.found[1] is not None
+    return state is not None and state.found.step is not None
+
+
+class _Found(NamedTuple):
+    """What was found out about a layer.
+
+    Attributes:
+        slots: its modules then.
+        kind: for tokens of this dtype, and so many numbers that rotate them.
+        step: its kernels, if they do what the layer does.
+        replaced: the modules that these stand in for.
+    """
+
+    slots: list[Slot]
+    kind: tuple[torch.dtype, int] | None
+    step: LayerStep | None
+    replaced: list[nn.Module]
 
 
 class _State:
@@ -68,12 +88,12 @@ class _State:
 
     Attributes:
         lock: of whoever finds it out.
-        found: for these modules, of these classes, and such a token: its kernels, or None.
+        found: the latest.
     """
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.found: tuple[list[Any], LayerStep | None] = ([], None)
+        self.found = _Found([], None, None, [])
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return _State, ()
@@ -97,35 +117,38 @@ class _FastLayer(Swapped):
         assert isinstance(self, nn.Module)
         token = None if torch.compiler.is_compiling() else _one_token(self, args, kwargs)
         if token is not None:
-            step = self._step(token, kwargs)
-            if step is not None and is_untouched(self, step.parts):
-                result = _by_kernels(self, step, *token[:4])
+            found = self._find(token, kwargs)
+            if found.step is not None and are_untouched(found.replaced):
+                result = _by_kernels(self, found.step, *token[:4])
                 if result is not None:
                     return result
         return super().forward(*args, **kwargs)  # type: ignore[misc]
 
-    def _step(self, token: _Token, kwargs: Mapping[str, Any]) -> LayerStep | None:
+    def _find(self, token: _Token, kwargs: Mapping[str, Any]) -> _Found:
         assert isinstance(self, nn.Module)
         state: _State = vars(self)[_STATE]
-        modules = modules_of(self)
-        kind = [*modules, *map(type, modules), token.x.dtype, token.cos.shape[-1]]
-        known, step = state.found
-        if known == kind and (step is None or step.is_current):
-            return step
+        found, kind = state.found, (token.x.dtype, token.cos.shape[-1])
+        current = found.step is None or found.step.is_current
+        if found.kind == kind and current and are_as_before(found.slots):
+            return found
+        nothing = _Found([], None, None, [])
         if not state.lock.acquire(blocking=False):
-            return None  # This is a trial's own call, or another thread tries.
+            return nothing  # Another thread tries.
         try:
-            step = self._found(token, kwargs)
-            state.found = kind, step
+            slots, parts = slots_of(self), parts_of(self)
+            replaced = [] if parts is None else replaced_by(slots, parts)
+            if parts is not None and not are_untouched(replaced):
+                return nothing  # To be tried when nobody looks.
+            step = None if parts is None else self._tried(parts, token, kwargs)
+            state.found = _Found(slots, kind, step, replaced)
         finally:
             state.lock.release()
-        return step
+        return state.found
 
-    def _found(self, token: _Token, kwargs: Mapping[str, Any]) -> LayerStep | None:
+    def _tried(self, parts: Parts, token: _Token, kwargs: Mapping[str, Any]) -> LayerStep | None:
         """The layer's kernels, if they do what the layer does."""
         assert isinstance(self, nn.Module)
-        parts = parts_of(self)
-        if parts is None or not fits(parts, token.x.dtype) or not matmul.compiles():
+        if not fits(parts, token.x.dtype) or not matmul.compiles():
             return None
         step = LayerStep(parts, token.x.dtype, token.cos.shape[-1])
         forward = super().forward  # type: ignore[misc]
@@ -137,8 +160,7 @@ class _FastLayer(Swapped):
         def fast(x: Tensor, cos: Tensor, sin: Tensor, cache: Cache) -> Tensor | None:
             return _by_kernels(self, step, x, cos, sin, cache)
 
-        known = is_untouched(self, parts) and agree(own, fast, token.x, token.cos)
-        return step if known else None
+        return step if agree(own, fast, token.x, token.cos) else None
 
 
 def _one_token(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Token | None:
@@ -146,38 +168,41 @@ def _one_token(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
     if len(args) != 1 or not isinstance(args[0], Tensor) or layer.training:
         return None
     (x,) = args
-    if x.dim() != 3 or x.numel() != x.shape[-1] or x.dtype not in DTYPES or not x.is_cpu:
+    if x.numel() != x.shape[-1] or x.dim() != 3 or x.dtype not in DTYPES or not x.is_cpu:
         return None
-    given = {name for name, value in kwargs.items() if value is not None and value is not False}
-    named = [name for name in _CACHES if name in given]
-    if len(named) != 1 or given - _NO_MATTER != {named[0], "position_embeddings"}:
+    rotation, cache, cache_name = None, None, ""
+    for name, value in kwargs.items():
+        if name == "position_embeddings":
+            rotation = value
+        elif value is None or value is False or name in _NO_MATTER:
+            continue
+        elif name in _CACHES and cache is None:
+            cache, cache_name = value, name
+        else:
+            return None
+    if not isinstance(cache, Cache) or not isinstance(rotation, tuple) or len(rotation) != 2:
         return None
     trains = torch.is_grad_enabled() and x.requires_grad
-    if trains or torch.is_autocast_enabled("cpu") or not isinstance(kwargs[named[0]], Cache):
-        return None
-    rotation = kwargs["position_embeddings"]
-    if not isinstance(rotation, tuple) or len(rotation) != 2:
-        return None
     cos, sin = rotation
-    if not _is_rotation(cos, x) or not _is_rotation(sin, x) or cos.shape != sin.shape:
+    if trains or torch.is_autocast_enabled("cpu") or not x.is_contiguous():
         return None
-    x, cos, sin = (tensor.detach().contiguous() for tensor in (x, cos, sin))
-    return _Token(x, cos, sin, kwargs[named[0]], named[0])
+    fit = _is_rotation(cos, x) and _is_rotation(sin, x) and cos.shape == sin.shape
+    return _Token(x, cos, sin, cache, cache_name) if fit else None
 
 
 def _is_rotation(tensor: Any, x: Tensor) -> bool:
     """Whether this may be cos or sin of one token's position."""
     if not isinstance(tensor, Tensor) or tensor.dtype != x.dtype or not tensor.is_cpu:
         return False
-    return tensor.dim() > 0 and tensor.numel() == tensor.shape[-1] and tensor.numel() % 2 == 0
+    size = tensor.numel()
+    return size > 0 and size % 2 == 0 and tensor.shape[-1] == size and tensor.stride(-1) == 1
 
 
 def _by_kernels(
     layer: nn.Module, step: LayerStep, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache
 ) -> Tensor | None:
     """The layer's output; None, and nothing was done, if the kernels cannot run now."""
-    index: int = attention_of(layer).layer_idx
-    results = step.run(x, cos, sin, lambda key, value: cache.update(key, value, index))
+    results = step.run(x, cos, sin, Store(cache, attention_of(layer).layer_idx))
     if results is None or len(results) == 1:
         return None if results is None else results[0]
     total, normed = results

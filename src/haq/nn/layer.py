@@ -7,8 +7,8 @@ there already. Between them the cache, whatever kind it is, is given the keys an
 """
 
 import threading
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,54 @@ from haq.nn.rows import group_of
 if TYPE_CHECKING:  # It needs llvmlite.
     from haq.int8.llvm.chain import Step
 
-Update = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Gives a cache a token's key and value, and gives what the token attends to."""
+
+class Spot(NamedTuple):
+    """Where a token's key and value are written.
+
+    Attributes:
+        turned_key: the address of ``[G, D]``.
+        placed_value: that of ``[G, V]``.
+        key_group: elements from where a group begins to where the next one does.
+        value_group: likewise.
+    """
+
+    turned_key: int
+    placed_value: int
+    key_group: int
+    value_group: int
+
+
+class Attended(NamedTuple):
+    """What a token attends to.
+
+    Attributes:
+        key: the address of ``[G, T, D]``.
+        value: that of ``[G, T, V]``.
+        tokens_before: T.
+        key_group: elements from where a group begins to where the next one does.
+        key_token: likewise, of tokens.
+        value_group: likewise.
+        value_token: likewise.
+    """
+
+    key: int
+    value: int
+    tokens_before: int
+    key_group: int
+    key_token: int
+    value_group: int
+    value_token: int
+
+
+class Store(Protocol):
+    """A cache that is about to be given a token's key and value."""
+
+    def place(self, key: tuple[int, int], value: tuple[int, int], x: Tensor) -> Spot:
+        """Where they are to be written, given G and D, and G and V, and a tensor of their dtype."""
+
+    def keep(self, x: Tensor) -> Attended:
+        """When they are: what the token attends to, in the dtype of a tensor."""
+
 
 # Where what a kernel writes begins: at a line of the cache.
 _LINE = 64
@@ -55,14 +101,14 @@ class LayerStep:
         self._scores = torch.empty(self.heads * _KEYS, dtype=torch.float32)
         self._build()
 
-    def run(self, x: Tensor, cos: Tensor, sin: Tensor, update: Update) -> list[Tensor] | None:
+    def run(self, x: Tensor, cos: Tensor, sin: Tensor, store: Store) -> list[Tensor] | None:
         """The layer's output; or, without a gated block, what it is to be added to, and its input.
 
         Args:
             x: ``[1, 1, K]``, contiguous, as the next two.
             cos: of a token's rotation, with R numbers.
             sin: likewise.
-            update: called once, with ``[1, G, 1, D]`` and ``[1, G, 1, V]``.
+            store: of the layer.
 
         Returns:
             Tensors ``[1, 1, K]``; None, and nothing was done, if another thread is in here, or if
@@ -73,31 +119,32 @@ class LayerStep:
         try:
             held = self.parts.tensors()  # They live until the kernels have read them.
             self.is_current = _addresses(held) == self._addresses
-            return self._run(x, cos, sin, update) if self.is_current else None
+            return self._run(x, cos, sin, store) if self.is_current else None
         finally:
             self._lock.release()
 
-    def _run(self, x: Tensor, cos: Tensor, sin: Tensor, update: Update) -> list[Tensor]:
-        key = x.new_empty(1, self.groups, 1, self.parts.size)
-        value = x.new_empty(1, self.groups, 1, self.width)
-        address = x.data_ptr()
+    def _run(self, x: Tensor, cos: Tensor, sin: Tensor, store: Store) -> list[Tensor]:
+        address, groups = x.data_ptr(), self.groups
         self._first_norm.tell(tokens=address)
-        self._value.tell(out=value.data_ptr())
-        told = {"cos": cos.data_ptr(), "sin": sin.data_ptr(), "turned_key": key.data_ptr()}
-        self._rotation.tell(**told)
+        spot = store.place((groups, self.parts.size), (groups, self.width), x)
+        self._rotation.tell(cos=cos.data_ptr(), sin=sin.data_ptr(), **spot._asdict())
         self._before.run()
-        keys, values = (_plain(tensor, x) for tensor in update(key, value))
-        if self.heads * keys.shape[2] > len(self._scores):
-            self._scores = self._scores.new_empty(2 * self.heads * keys.shape[2])
-        self._tell_keys(self._attention, keys, values, self._scores.data_ptr())
-        self._first_sum.tell(a=address)
-        results = [torch.empty_like(x) for _ in self._outputs]
-        for (step, name), result in zip(self._outputs, results, strict=True):
-            step.tell(**{name: result.data_ptr()})
+        attended = store.keep(x)
+        size = self.heads * attended.tokens_before
+        if size > len(self._scores):
+            self._scores = self._scores.new_empty(2 * size)
+        self._attention.tell(scores=self._scores.data_ptr(), **attended._asdict())
+        result = torch.empty_like(x)
         if self.parts.gated is None:
-            self._second_norm.tell(tokens=results[0].data_ptr())
+            normed = torch.empty_like(x)
+            self._first_sum.tell(a=address, out=result.data_ptr())
+            self._second_norm.tell(tokens=result.data_ptr(), out=normed.data_ptr())
+            self._after.run()
+            return [result, normed]
+        self._first_sum.tell(a=address)
+        self._last_sum.tell(out=result.data_ptr())
         self._after.run()
-        return results
+        return [result]
 
     def _build(self) -> None:
         from haq.int8.llvm import attention, between
@@ -105,12 +152,13 @@ class LayerStep:
 
         parts, dtype, size = self.parts, self.dtype, self.parts.size
         self._room = self._take(max(weight.room([group_of(layer)]) for layer in parts.linears))
-        normed, query, key, turned, attended, product, total = (
+        normed, query, key, value, turned, attended, product, total = (
             self._take(count * width)
             for count, width in (
                 (self.channels, 2),
                 (self.heads * size, 2),
                 (self.groups * size, 2),
+                (self.groups * self.width, 2),
                 (self.heads * size, 4),
                 (self.heads * self.width, 2),
                 (self.channels, 2),
@@ -118,20 +166,18 @@ class LayerStep:
             )
         )
         self._first_norm = self._norm(parts.norms[0], 0, normed)
-        self._value = self._product(parts.value, normed, 0)
-        shape = [self.heads, self.groups, size, self.turned]
-        self._rotation = between.rotation_step(dtype, parts.scale, query, key, turned, shape)
+        shape = self.heads, self.groups, size, self.width, self.turned
+        self._rotation = between.rotation_step(dtype, parts.scale, query, key, value, turned, shape)
         self._before = Chain(
             [
                 self._first_norm,
                 self._product(parts.query, normed, query),
                 self._product(parts.key, normed, key),
-                self._value,
+                self._product(parts.value, normed, value),
                 *self._norms_of_heads(query, key),
                 self._rotation,
             ]
         )
-        self._tell_keys = attention.tell_keys
         self._attention = attention.step(
             dtype, turned, attended, self.heads, self.groups, size, self.width
         )
@@ -143,11 +189,9 @@ class LayerStep:
             self._first_sum,
             self._second_norm,
         ]
-        self._outputs = [(self._first_sum, "out"), (self._second_norm, "out")]
         if parts.gated is not None:
-            last = between.sum_step(dtype, total, product, 0, self.channels)
-            steps += [*self._gated(parts.gated, normed, product), last]
-            self._outputs = [(last, "out")]
+            self._last_sum = between.sum_step(dtype, total, product, 0, self.channels)
+            steps += [*self._gated(parts.gated, normed, product), self._last_sum]
         self._after = Chain(steps)
 
     def _norms_of_heads(self, query: int, key: int) -> Iterator["Step"]:
@@ -184,13 +228,6 @@ class LayerStep:
         """The address of so many bytes, which stay until this object goes."""
         self._memory.append(torch.empty(size + _LINE, dtype=torch.uint8))
         return -(-self._memory[-1].data_ptr() // _LINE) * _LINE
-
-
-def _plain(tensor: Tensor, like: Tensor) -> Tensor:
-    """What a cache gave, as the kernel reads it: caches may keep what they were given elsewhere."""
-    if tensor.dtype != like.dtype or not tensor.is_cpu:
-        tensor = tensor.to(like)
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _addresses(tensors: list[Tensor | None]) -> list[int]:

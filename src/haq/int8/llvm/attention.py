@@ -76,7 +76,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Te
 def step(
     dtype: torch.dtype, query: int, out: int, heads: int, groups: int, size: int, width: int
 ) -> Step:
-    """`attend` for one row without a mask, as a part of a chain; `tell_keys` tells it the rest.
+    """`attend` for one row without a mask, as a part of a chain. Keys and values are to be told.
 
     Args:
         dtype: of keys, values and the result.
@@ -89,23 +89,6 @@ def step(
     """
     told = [query, 0, 0, 0, 0, out, heads, heads, heads // groups, 0, size, width, *[0] * 6]
     return Step(compiler.kernel_of(_module, (dtype, False)), _CALL, told)
-
-
-def tell_keys(step: Step, key: Tensor, value: Tensor, scores: int) -> None:
-    """What a token attends to.
-
-    Args:
-        step: to be told.
-        key: ``[1, G, T, D]``, with numbers of a token side by side.
-        value: ``[1, G, T, V]``, likewise.
-        scores: the address of room for float32 ``[H, T]``.
-    """
-    told = {"key": key.data_ptr(), "value": value.data_ptr(), "scores": scores}
-    told["tokens_before"] = key.shape[2]
-    for name, tensor in (("key", key), ("value", value)):
-        for at, by in enumerate(("row", "group", "token")):
-            told[f"{name}_{by}"] = tensor.stride(at)
-    step.tell(**told)
 
 
 def _module(dtype: torch.dtype, masked: bool) -> Any:

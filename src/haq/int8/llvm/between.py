@@ -4,6 +4,7 @@ Each rounds where torch would, an operation at a time, so that results have torc
 the last one of a sigmoid.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from haq.int8.llvm.calls import Told
 from haq.int8.llvm.chain import Step
 from haq.int8.llvm.exponential import exponential
 from haq.int8.llvm.weight import name_of
-from haq.int8.llvm.words import FLOAT, POINTER, Code, Value, constant, number, parts, spread
+from haq.int8.llvm.words import FLOAT, POINTER, Code, Type, Value, constant, number, parts, spread
 
 _LANES = 8
 
@@ -43,13 +44,18 @@ _WEIGHTED = (
 _ROTATION = (
     "query",  # float [H, D]
     "key",  # float [G, D]
+    "value",  # float [G, V]
     "cos",  # float [R], R <= D
     "sin",  # float [R]
     "turned_query",  # float32 [H, D], scaled
-    "turned_key",  # float [G, D]
+    "turned_key",  # float [G, D]; a row begins `key_group` elements after the one before
+    "placed_value",  # float [G, V], likewise
+    "key_group",
+    "value_group",
     "heads",  # H
     "groups",  # G
     "size",  # D
+    "width",  # V
     "turned",  # R
 )
 
@@ -73,19 +79,28 @@ def weighted_step(dtype: torch.dtype, a: int, b: int, out: int, rows: int, width
 
 
 def rotation_step(
-    dtype: torch.dtype, scale: float, query: int, key: int, turned_query: int, shape: list[int]
+    dtype: torch.dtype,
+    scale: float,
+    query: int,
+    key: int,
+    value: int,
+    turned_query: int,
+    shape: Sequence[int],
 ) -> Step:
     """Rotary embeddings of a token, whose halves are rotated; what is beyond R stays.
+
+    What it is rotated by, and where its key and value belong, is to be told.
 
     Args:
         dtype: of all but the rotated query.
         scale: the rotated query is multiplied with it.
-        query: an address, as the next two.
-        key: as it comes from its product.
+        query: an address, as the next three; as it comes from its product.
+        key: likewise.
+        value: likewise; it is copied to its place.
         turned_query: float32.
-        shape: H, G, D and R. Where cos, sin and the rotated key are is to be told.
+        shape: H, G, D, V and R.
     """
-    told = [query, key, 0, 0, turned_query, 0, *shape]
+    told = [query, key, value, 0, 0, turned_query, 0, 0, 0, 0, *shape]
     return Step(compiler.kernel_of(_rotation, (dtype, scale)), _ROTATION, told)
 
 
@@ -137,27 +152,41 @@ def _rotation(dtype: torch.dtype, scale: float) -> Any:
     code, call, kind = _begin(_ROTATION, dtype)
     first, step = threads.number_and_count(code)
     with code.loop(first, call["heads"], step) as head:
-        before = code.mul(head, call["size"])
-        _turn(code, call, kind, ("query", "turned_query"), before, "float32", scale)
+        source, out = _rows(code, call, head, kind, ("query", "turned_query"), call["size"], FLOAT)
+        _turn(code, call, kind, source, out, "float32", scale)
+    stored = floats.STORED[kind]
     with code.loop(first, call["groups"], step) as group:
-        before = code.mul(group, call["size"])
-        _turn(code, call, kind, ("key", "turned_key"), before, kind, 1.0)
+        names = "key", "turned_key"
+        source, out = _rows(code, call, group, kind, names, call["size"], stored, call["key_group"])
+        _turn(code, call, kind, source, out, kind, 1.0)
+        names, width = ("value", "placed_value"), call["width"]
+        source, out = _rows(code, call, group, kind, names, width, stored, call["value_group"])
+        with code.loop(number(0), width) as index:
+            code.write(code.read(source, index, stored), out, index, stored)
     code.ret_void()
     return code.module
 
 
-def _turn(
+def _rows(
     code: Code,
     call: Told,
+    row: Value,
     kind: str,
     names: tuple[str, str],
-    before: Value,
-    target: str,
-    scale: float,
+    size: Value,
+    stored: Type,
+    between: Value | None = None,
+) -> tuple[Value, Value]:
+    """Where a row is read, and where it is written."""
+    source = code.address(call[names[0]], code.mul(row, size), floats.STORED[kind])
+    before = code.mul(row, size if between is None else between)
+    return source, code.address(call[names[1]], before, stored)
+
+
+def _turn(
+    code: Code, call: Told, kind: str, source: Value, out: Value, target: str, scale: float
 ) -> None:
     """One head."""
-    source = code.address(call[names[0]], before, floats.STORED[kind])
-    out = code.address(call[names[1]], before, floats.STORED[target])
     half = code.sdiv(call["turned"], number(2))
 
     def write(value: Value, index: Value, lanes: int) -> None:
