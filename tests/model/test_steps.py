@@ -1,0 +1,391 @@
+"""Decoder layers that take one new token in two calls, beside their own way."""
+
+import copy
+import functools
+import pickle
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel, StaticCache
+
+from haq import Int8Linear, QuantizationConfig, quantize_model
+from haq.int8 import matmul
+from haq.model import steps
+from haq.model.anatomy import may_be_layer
+from haq.model.steps import takes_fast_steps, use_fast_steps
+from haq.nn.layer import LayerStep
+from haq.nn.swapped import Swapped, swap_back
+from tests.architectures import ARCHITECTURES, EXCLUDE, MIXTURES, token_ids, with_cache
+
+MODELS = ARCHITECTURES | MIXTURES
+PROMPT, NEW = 7, 6
+
+# Their layers have the names and do what is known. Others have other names, or do more: Granite
+# scales what it adds, PhiMoE's norms are centered, Ernie rotates neighbours.
+FAST = {"llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen2-moe", "qwen3-moe", "olmoe"}
+FAST |= {"glm4-moe"}
+
+needs_llvm = pytest.mark.skipif(not matmul.compiles(), reason="LLVM's kernels do not run here")
+
+
+@functools.cache
+def quantized(name: str, dtype: torch.dtype) -> PreTrainedModel:
+    """Not to be changed."""
+    exclude = ("lm_head", *EXCLUDE.get(name, ()))
+    config = QuantizationConfig(
+        smoothing="none", rounding="nearest", search_tokens=64, exclude=exclude
+    )
+    model = MODELS[name]()
+    if name == "mistral":  # Behind its window there is a mask.
+        model.config.sliding_window = 64
+    return quantize_model(model.to(dtype), [token_ids(2, 32)], config, progress=False)
+
+
+def int8(name: str = "llama", dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
+    return copy.deepcopy(quantized(name, dtype))
+
+
+def layers_of(model: PreTrainedModel) -> list[nn.Module]:
+    return [module for module in model.modules() if may_be_layer(module)]
+
+
+def by_itself(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy whose layers go their own way."""
+    twin = copy.deepcopy(model)
+    for layer in layers_of(twin):
+        swap_back(layer)
+    return twin
+
+
+@torch.no_grad()
+def decoded(model: PreTrainedModel, seed: int = 0, **kwargs: Any) -> Tensor:
+    """Logits of some tokens, one after the other, behind a prompt."""
+    tokens = token_ids(1, PROMPT + NEW, seed=seed)
+    cache = kwargs.pop("cache", None) or DynamicCache(config=model.config)
+    given = with_cache(model, cache)
+    model(tokens[:, :PROMPT], **given)
+    logits = [
+        model(tokens[:, at : at + 1], **given, **kwargs).logits
+        for at in range(PROMPT, PROMPT + NEW)
+    ]
+    return torch.cat(logits)
+
+
+@contextmanager
+def counted() -> Iterator[list[LayerStep]]:
+    """The steps that kernels took, but for those of trials."""
+    seen: list[LayerStep] = []
+    run = steps._by_kernels
+
+    def note(layer: nn.Module, step: LayerStep, *rest: Any) -> Tensor | None:
+        result = run(layer, step, *rest)
+        if result is not None and not vars(layer)[steps._STATE].lock.locked():
+            seen.append(step)
+        return result
+
+    steps._by_kernels = note  # type: ignore[assignment]
+    try:
+        yield seen
+    finally:
+        steps._by_kernels = run
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_family_decodes_as_it_does_by_itself(name: str) -> None:
+    model = int8(name)
+    expected = decoded(by_itself(model))
+    found = decoded(model)
+    # A sigmoid's last bit may differ, which moves what is rounded behind it.
+    assert (found != expected).float().mean() <= 0.02
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
+    if matmul.compiles():
+        fast = [takes_fast_steps(layer) for layer in layers_of(model)]
+        assert all(fast) if name in FAST else not any(fast)
+        assert bool(fast) or name not in FAST
+
+
+@needs_llvm
+@pytest.mark.parametrize("name", ["llama", "qwen3", "mixtral"])
+def test_float16(name: str) -> None:
+    model = int8(name, torch.float16)
+    expected = decoded(by_itself(model))
+    with counted() as seen:
+        found = decoded(model)
+    assert len(seen) == NEW * len(layers_of(model))
+    assert (found != expected).float().mean() <= 0.02
+    torch.testing.assert_close(found, expected, rtol=0.01, atol=0.01)
+
+
+@needs_llvm
+def test_generates_what_it_generates_by_itself() -> None:
+    model = int8()
+    prompt = token_ids(1, 5)
+    expected = by_itself(model).generate(prompt, max_new_tokens=80, do_sample=False)
+    with counted() as seen:
+        found = model.generate(prompt, max_new_tokens=80, do_sample=False)
+    assert torch.equal(found, expected)
+    assert len(seen) == 2 * 79
+
+
+def _hooked(model: PreTrainedModel) -> dict[str, Any]:
+    model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: None)
+    model.model.layers[1].self_attn.register_forward_pre_hook(lambda *_: None)
+    return {}
+
+
+def _replaced_forward(model: PreTrainedModel) -> dict[str, Any]:
+    for layer in layers_of(model):
+        norm: Any = layer.post_attention_layernorm
+        norm.forward = norm.forward
+    return {}
+
+
+def _another_attention(model: PreTrainedModel) -> dict[str, Any]:
+    model.set_attn_implementation("sdpa")
+    return {}
+
+
+def _with_weights_of_attention(model: PreTrainedModel) -> dict[str, Any]:
+    model.set_attn_implementation("eager")
+    return {"output_attentions": True}
+
+
+def _float32(model: PreTrainedModel) -> dict[str, Any]:
+    model.float()
+    return {}
+
+
+def _fixed_cache(model: PreTrainedModel) -> dict[str, Any]:
+    return {"cache": StaticCache(config=model.config, max_cache_len=PROMPT + NEW)}
+
+
+OWN_WAYS: dict[str, Callable[[PreTrainedModel], dict[str, Any]]] = {
+    "hooks": _hooked,
+    "a forward that was replaced": _replaced_forward,
+    "another attention": _another_attention,
+    "weights of the attention": _with_weights_of_attention,
+    "float32": _float32,
+    "training": lambda model: model.train() and {},
+    "a cache of fixed size": _fixed_cache,
+}
+
+
+@needs_llvm
+@pytest.mark.parametrize("way", OWN_WAYS)
+def test_goes_its_own_way_with(way: str) -> None:
+    model = int8()
+    prepared = OWN_WAYS[way](model)
+    plain = by_itself(model)
+    again = OWN_WAYS[way](plain)
+    expected = decoded(plain, **again)
+    with counted() as seen:
+        found = decoded(model, **prepared)
+    assert torch.equal(found, expected)
+    assert not seen
+
+
+@needs_llvm
+@torch.no_grad()
+def test_masks_batches_and_prompts_go_their_own_way() -> None:
+    model = int8()
+    plain = by_itself(model)
+    tokens = token_ids(2, 8)
+    mask = torch.ones_like(tokens)
+    mask[0, :3] = 0
+    results = []
+    with counted() as seen:
+        for each in (model, plain):
+            cache = with_cache(each, DynamicCache(config=each.config))
+            logits = [each(tokens[:, :6], attention_mask=mask[:, :6], **cache).logits]
+            logits += [each(tokens[:, 6:7], attention_mask=mask[:, :7], **cache).logits]
+            one = with_cache(each, DynamicCache(config=each.config))
+            logits += [each(tokens[:1, :5], attention_mask=mask[:1, :5], **one).logits]
+            logits += [each(tokens[:1, 5:6], attention_mask=mask[:1, :6], **one).logits]
+            logits += [each(tokens[1:, :1]).logits, each(tokens[1:, :1], use_cache=False).logits]
+            results.append(logits)
+    # A model that is given no cache makes one, and its first token is one behind none.
+    assert len(seen) == 2
+    for found, expected in zip(*results, strict=True):
+        assert torch.equal(found, expected)
+
+
+@needs_llvm
+def test_gradients_to_the_input_go_their_own_way() -> None:
+    model = int8()
+    cache = with_cache(model, DynamicCache(config=model.config))
+    states = torch.randn(1, 1, model.config.hidden_size).bfloat16().requires_grad_()
+    with counted() as seen:
+        model(inputs_embeds=states, **cache).logits.sum()
+    assert not seen
+
+
+@needs_llvm
+def test_a_hook_that_comes_later_is_called() -> None:
+    model = int8()
+    seen: list[tuple[int, ...]] = []
+    decoded(model)
+    handle = model.model.layers[1].mlp.down_proj.register_forward_hook(
+        lambda _module, _args, output: seen.append(output.shape)
+    )
+    decoded(model)
+    assert len(seen) == NEW + 1
+    handle.remove()
+    with counted() as taken:
+        decoded(model)
+    assert len(seen) == NEW + 1
+    assert len(taken) == 2 * NEW
+
+
+@needs_llvm
+def test_all_hidden_states() -> None:
+    model = int8()
+    decoded(model)
+    plain = by_itself(model)
+    tokens = token_ids(1, 9)
+    states = []
+    for each in (model, plain):
+        cache = with_cache(each, DynamicCache(config=each.config))
+        with torch.no_grad():
+            each(tokens[:, :8], **cache)
+            states.append(each(tokens[:, 8:], output_hidden_states=True, **cache).hidden_states)
+    assert len(states[0]) == 3
+    for found, expected in zip(*states, strict=True):
+        assert torch.equal(found, expected)
+
+
+def _loaded(model: PreTrainedModel) -> None:
+    layer = model.model.layers[0].self_attn.o_proj
+    state = layer.state_dict()
+    layer.load_state_dict(state | {"weight": state["weight"].flip(1)})
+
+
+def _written(model: PreTrainedModel) -> None:
+    layer: Int8Linear = model.model.layers[0].mlp.gate_proj
+    layer.write([layer.weight.flip(1).clone(), *layer.vectors()])
+
+
+def _replaced(model: PreTrainedModel) -> None:
+    block = model.model.layers[1].mlp
+    block.up_proj = Int8Linear.from_float(torch.randn(block.up_proj.weight.shape))
+
+
+def _excluded(model: PreTrainedModel) -> None:
+    attention = model.model.layers[1].self_attn
+    rows, columns = attention.v_proj.weight.shape
+    attention.v_proj = nn.Linear(columns, rows, bias=False, dtype=torch.bfloat16)
+
+
+def _shared(model: PreTrainedModel) -> None:
+    model.share_memory()
+
+
+def _there_and_back(model: PreTrainedModel) -> None:
+    model.float()
+    model.bfloat16()
+
+
+@needs_llvm
+@pytest.mark.parametrize(
+    "change", [_loaded, _written, _replaced, _excluded, _shared, _there_and_back]
+)
+def test_sees_what_changed_since(change: Callable[[PreTrainedModel], None]) -> None:
+    model = int8()
+    before = decoded(model)
+    with torch.no_grad():
+        change(model)
+    expected = decoded(by_itself(model))
+    found = decoded(model)
+    assert (found != expected).float().mean() <= 0.02
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
+    assert torch.equal(before, expected) == (change in (_shared, _there_and_back))
+
+
+@needs_llvm
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_take_steps_with_their_own_weights(copied: Callable[[Any], Any]) -> None:
+    model = int8()
+    expected = decoded(model)
+    twin = copied(model)
+    with torch.no_grad():
+        model.model.layers[0].mlp.gate_proj.weight_scale.zero_().add_(1)
+    with counted() as seen:
+        assert torch.equal(decoded(twin), expected)
+    assert len(seen) == 2 * NEW
+    assert isinstance(twin.model.layers[0], Swapped)
+
+
+@needs_llvm
+def test_several_threads_share_a_model() -> None:
+    model = int8()
+    expected = [decoded(by_itself(model), seed) for seed in range(4)]
+    results: dict[int, list[Tensor]] = {seed: [] for seed in range(4)}
+
+    def work(seed: int) -> None:
+        for _ in range(5):
+            results[seed].append(decoded(model, seed))
+
+    workers = [threading.Thread(target=work, args=(seed,)) for seed in results]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    for seed, found in results.items():
+        assert len(found) == 5
+        for logits in found:
+            assert (logits != expected[seed]).float().mean() <= 0.02
+            torch.testing.assert_close(logits, expected[seed], rtol=0.02, atol=0.02)
+
+
+@needs_llvm
+def test_a_long_text() -> None:
+    """More keys than there was room for at first."""
+    model = int8()
+    model.config.max_position_embeddings = 4096
+    cache = with_cache(model, DynamicCache(config=model.config))
+    tokens = token_ids(1, 1500)
+    plain = by_itself(model)
+    with torch.no_grad():
+        model(tokens[:, :-2], **cache)
+        found = [model(tokens[:, at:][:, :1], **cache).logits for at in (-2, -1)]
+        cache = with_cache(plain, DynamicCache(config=plain.config))
+        plain(tokens[:, :-2], **cache)
+        expected = [plain(tokens[:, at:][:, :1], **cache).logits for at in (-2, -1)]
+    torch.testing.assert_close(torch.cat(found), torch.cat(expected), rtol=0.02, atol=0.02)
+
+
+def test_counts_the_layers_it_may_help() -> None:
+    model = ARCHITECTURES["llama"]().bfloat16()
+    assert use_fast_steps(model) == 2
+    assert use_fast_steps(model) == 2
+    assert use_fast_steps(ARCHITECTURES["gpt2"]().bfloat16()) == 0
+    assert not takes_fast_steps(model.model.layers[0])
+
+
+class _LateScale(nn.Module):
+    """An attention whose output is scaled from a position on."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.__dict__.update(attention.__dict__)
+        self.inner = [attention]  # No module of this one's.
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output, weights = self.inner[0](*args, **kwargs)
+        late = kwargs["position_ids"][0, -1] > 100
+        return output * torch.where(late, 2.0, 1.0).to(output.dtype), weights
+
+
+@needs_llvm
+def test_what_may_make_a_difference_later_is_not_trusted() -> None:
+    model = int8()
+    layer = model.model.layers[0]
+    layer.self_attn = _LateScale(layer.self_attn)
+    with counted() as seen:
+        decoded(model)
+    assert [takes_fast_steps(each) for each in layers_of(model)] == [False, True]
+    assert len(seen) == NEW
