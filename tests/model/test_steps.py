@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from haq import Int8Linear, QuantizationConfig, quantize_model
 from haq.int8 import matmul
-from haq.model import steps
+from haq.model import attention, steps
 from haq.model.anatomy import may_be_layer
 from haq.model.steps import takes_fast_steps, use_fast_steps
 from haq.nn.layer import LayerStep
@@ -119,6 +119,18 @@ def test_float16(name: str) -> None:
     assert len(seen) == NEW * len(layers_of(model))
     assert (found != expected).float().mean() <= 0.02
     torch.testing.assert_close(found, expected, rtol=0.01, atol=0.01)
+
+
+@needs_llvm
+def test_where_torch_attends_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its attention rounds in between; a step in two calls is the faster one all the same."""
+    monkeypatch.setattr(attention, "_MATRICES", True)
+    model = int8()
+    expected = decoded(by_itself(model))
+    with counted() as seen:
+        found = decoded(model)
+    assert len(seen) == 2 * NEW
+    torch.testing.assert_close(found, expected, rtol=0.1, atol=0.1)
 
 
 @needs_llvm

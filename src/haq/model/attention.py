@@ -3,6 +3,9 @@
 It is registered by the name `NAME`, and `model.set_attn_implementation("sdpa")` takes it back.
 """
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -19,6 +22,9 @@ NAME = "haq"
 # versions of torch that cannot tell are not asked.
 _capabilities = getattr(torch.cpu, "get_capabilities", None)
 _MATRICES = bool(_capabilities and _capabilities().get("amx_bf16"))
+
+# Whether haq's own is to be used wherever there is one: to be compared with.
+_always: ContextVar[bool] = ContextVar("always", default=False)
 
 # Arguments that change nothing about the attention where they are None or False.
 _MORE = ("position_bias", "cache", "softcap", "s_aux", "output_attentions")
@@ -83,9 +89,21 @@ def attention_forward(
     return result
 
 
+@contextlib.contextmanager
+def always_ours() -> Iterator[None]:
+    """Attend in haq's way inside a ``with`` block, in this thread, also where torch is faster."""
+    token = _always.set(True)
+    try:
+        yield
+    finally:
+        _always.reset(token)
+
+
 def _is_the_faster_one(dtype: torch.dtype) -> bool:
     """In float32 torch's own attention is as fast."""
-    return dtype == torch.float16 or (dtype == torch.bfloat16 and not _MATRICES)
+    if dtype == torch.bfloat16:
+        return not _MATRICES or _always.get()
+    return dtype == torch.float16
 
 
 def _given(value: object) -> bool:

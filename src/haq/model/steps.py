@@ -26,6 +26,7 @@ from haq.model.anatomy import (
     replaced_by,
     slots_of,
 )
+from haq.model.attention import always_ours
 from haq.model.growing import Store
 from haq.model.trials import agree
 from haq.nn.layer import LayerStep
@@ -155,7 +156,8 @@ class _FastLayer(Swapped):
 
         def own(x: Tensor, cos: Tensor, sin: Tensor, cache: Cache) -> Any:
             given = {**kwargs, token.cache_name: cache, "position_embeddings": (cos, sin)}
-            return forward(x, **given)
+            with always_ours():
+                return forward(x, **given)
 
         def fast(x: Tensor, cos: Tensor, sin: Tensor, cache: Cache) -> Tensor | None:
             return _by_kernels(self, step, x, cos, sin, cache)

@@ -28,7 +28,7 @@ _MOST_OTHERS = 0.05
 
 # What a layer may do with a token more often than its kernels do in torch: the rotation, the scale
 # of the scores, two sums, the gate. And what computes nothing.
-_OPERATIONS = Counter(mul=6, add=4, neg=2, silu=1, scaled_dot_product_attention=1)
+_OPERATIONS = Counter(mul=6, add=4, neg=2, silu=1)
 _NO_COMPUTATION = set(
     "_reshape_alias _to_copy _unsafe_view alias as_strided cat clone copy_ detach empty empty_like "
     "empty_strided expand lift_fresh narrow new_empty permute reshape select slice split squeeze "
@@ -72,8 +72,6 @@ class _Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        if name.startswith("_scaled_dot_product"):
-            name = "scaled_dot_product_attention"
         if name not in _NO_COMPUTATION:
             self.counts[name] += 1
         return func(*args, **(kwargs or {}))

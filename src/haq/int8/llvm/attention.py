@@ -26,10 +26,9 @@ from haq.int8.llvm.words import (
     vector,
 )
 
-_LANES = 8
-
-# Values of a head that are summed at once, in registers.
-_REGISTERS = 4
+# Registers of values of a head that are summed at once, and keys that are multiplied at once: each
+# sum waits for the one before it.
+_REGISTERS, _KEYS = 8, 4
 
 _CALL = (
     "query",  # float32 [B, H, D], scaled
@@ -107,6 +106,7 @@ class _Head:
 
     def __init__(self, code: Code, call: Told, head: Value, kind: str) -> None:
         self.code, self.call, self.head, self.kind = code, call, head, kind
+        self.lanes = compiler.dots_here().sums
         self.tokens, stored = call["tokens_before"], floats.STORED[kind]
         row, own = (f(head, call["heads_of_row"]) for f in (code.sdiv, code.srem))
         group = code.sdiv(own, call["shared"])
@@ -128,45 +128,53 @@ class _Head:
         code = self.code
         largest = self._write_scores(masked)
         inverse = code.fdiv(constant(FLOAT, 1.0), self._exponentiate(largest))
-        at_once = _LANES * _REGISTERS
+        lanes, at_once = self.lanes, self.lanes * _REGISTERS
         in_registers = code.and_(self.call["width"], number(-at_once))
         with code.loop(number(0), in_registers, at_once) as index:
-            self._sum_values(index, _REGISTERS, _LANES, inverse)
-        whole = code.and_(self.call["width"], number(-_LANES))
-        with code.loop(in_registers, whole, _LANES) as index:
-            self._sum_values(index, 1, _LANES, inverse)
+            self._sum_values(index, _REGISTERS, lanes, inverse)
+        whole = code.and_(self.call["width"], number(-lanes))
+        with code.loop(in_registers, whole, lanes) as index:
+            self._sum_values(index, 1, lanes, inverse)
         with code.loop(whole, self.call["width"]) as index:
             self._sum_values(index, 1, 1, inverse)
 
     def _write_scores(self, masked: bool) -> Value:
         """Products with all keys, and the largest."""
-        code, call = self.code, self.call
+        code = self.code
         largest = code.variable(FLOAT, constant(FLOAT, -math.inf))
-        with code.loop(number(0), self.tokens) as token:
-            key = code.address(
-                self.key, code.mul(token, call["key_token"]), floats.STORED[self.kind]
-            )
-            sums = []
-            for lanes, start, stop in parts(code, call["size"], _LANES):
-                kind = vector(FLOAT, lanes)
-                here = code.variable(kind, constant(kind, 0.0))
-                with code.loop(start, stop, lanes) as index:
-                    a = code.read(self.query, index, FLOAT, lanes)
-                    b = floats.read(code, self.kind, key, index, lanes)
-                    code.store(multiply_add(code, a, b, code.value(here, kind)), here)
-                sums.append(total(code, code.value(here, kind)))
-            score = code.fadd(*sums)
-            if masked:
-                score = code.fadd(score, code.read(self.mask, token, FLOAT))
-            code.write(score, self.scores, token, FLOAT)
-            old = code.value(largest, FLOAT)
-            code.store(code.select(code.fcmp_ordered(">", score, old), score, old), largest)
+        whole = code.and_(self.tokens, number(-_KEYS))
+        for at_once, start, stop in ((_KEYS, number(0), whole), (1, whole, self.tokens)):
+            with code.loop(start, stop, at_once) as token:
+                tokens = [code.add(token, number(index)) for index in range(at_once)]
+                for score, place in zip(self._scores_of(tokens), tokens, strict=True):
+                    if masked:
+                        score = code.fadd(score, code.read(self.mask, place, FLOAT))
+                    code.write(score, self.scores, place, FLOAT)
+                    old = code.value(largest, FLOAT)
+                    code.store(code.select(code.fcmp_ordered(">", score, old), score, old), largest)
         return code.value(largest, FLOAT)
+
+    def _scores_of(self, tokens: list[Value]) -> list[Value]:
+        """The query's products with some keys."""
+        code, call, stored = self.code, self.call, floats.STORED[self.kind]
+        keys = [code.address(self.key, code.mul(t, call["key_token"]), stored) for t in tokens]
+        scores: list[Value] = [constant(FLOAT, 0.0) for _ in keys]
+        for lanes, start, stop in parts(code, call["size"], self.lanes):
+            kind = vector(FLOAT, lanes)
+            sums = [code.variable(kind, constant(kind, 0.0)) for _ in keys]
+            with code.loop(start, stop, lanes) as index:
+                query = code.read(self.query, index, FLOAT, lanes)
+                for key, here in zip(keys, sums, strict=True):
+                    numbers = floats.read(code, self.kind, key, index, lanes)
+                    code.store(multiply_add(code, query, numbers, code.value(here, kind)), here)
+            totals = [total(code, code.value(here, kind)) for here in sums]
+            scores = [code.fadd(a, b) for a, b in zip(scores, totals, strict=True)]
+        return scores
 
     def _exponentiate(self, largest: Value) -> Value:
         """Scores to weights that still have to be divided by their sum, which this is."""
         code, sums = self.code, []
-        for lanes, start, stop in parts(code, self.tokens, _LANES):
+        for lanes, start, stop in parts(code, self.tokens, self.lanes):
             kind = vector(FLOAT, lanes)
             here = code.variable(kind, constant(kind, 0.0))
             with code.loop(start, stop, lanes) as index:
