@@ -54,13 +54,15 @@ CHECKED_LAYERS, CHECKED_TOKENS = 2, 16
 # transformers' code and of Python, is "other".
 MODELING = "transformers.models"
 PARTS = [
-    ("haq.nn.linear", "Int8Linear.forward", "around the products"),
-    ("haq.nn.experts", "Int8Experts.forward", "around the products"),
-    ("haq.int8.llvm.weight", "products", "products"),
-    ("haq.nn.rows", "products", "products"),
-    ("haq.int8.cpu", "FbgemmWeight.product", "products"),
-    ("haq.int8.cpu", "OneDnnWeight.product", "products"),
-    ("haq.int8.signs", "SignedRowsWeight.product", "products"),
+    ("haq.int8.llvm.chain", "Chain.run", "kernels of the layers"),
+    ("haq.model.steps", "_by_kernels", "around them"),
+    ("haq.nn.experts", "Int8Experts.forward", "around them"),
+    ("haq.nn.linear", "Int8Linear.forward", "around single products"),
+    ("haq.int8.llvm.weight", "products", "single products"),
+    ("haq.nn.rows", "products", "single products"),
+    ("haq.int8.cpu", "FbgemmWeight.product", "single products"),
+    ("haq.int8.cpu", "OneDnnWeight.product", "single products"),
+    ("haq.int8.signs", "SignedRowsWeight.product", "single products"),
     ("torch.nn", "Linear.forward", "head in bfloat16"),
     ("haq.nn.kept", "_run", "head in bfloat16"),
     ("haq.model.attention", "attend", "attention"),
@@ -71,6 +73,7 @@ PARTS = [
     (f"{MODELING}.llama.modeling_llama", "apply_rotary_pos_emb", "rotation"),
     (f"{MODELING}.mixtral.modeling_mixtral", "apply_rotary_pos_emb", "rotation"),
     (f"{MODELING}.mixtral.modeling_mixtral", "MixtralTopKRouter.forward", "router"),
+    (f"{MODELING}.mixtral.modeling_mixtral", "MixtralSparseMoeBlock.forward", "other"),
 ]
 WARM_STEPS, TIMED_STEPS = 5, 41
 

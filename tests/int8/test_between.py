@@ -184,7 +184,7 @@ def test_what_a_step_is_told_can_be_changed() -> None:
     step.tell(b=b.data_ptr())
     chain.run()
     assert out.tolist() == [3, 3, 3]
-    step.tell_all([b.data_ptr(), b.data_ptr(), out.data_ptr(), 2])
+    step.tell(a=b.data_ptr(), width=2)
     chain.run()
     assert out.tolist() == [4, 4, 3]
     assert step.address_of("counter") == 0

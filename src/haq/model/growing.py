@@ -34,19 +34,30 @@ class _Room:
         tokens = keys.shape[2]
         self.size = tokens + max(_LEAST, tokens // _SHARE)
         self.views = keys, values
-        self._keys, self._values = (_moved(tensor, self.size) for tensor in self.views)
+        self._keys, self._values = sides = [_moved(tensor, self.size) for tensor in self.views]
+        # Asked for once: for each token it would take longer than to write it.
+        self._places = [side.data_ptr() for side in sides]
+        self._groups, self._tokens = ([side.stride(of) for side in sides] for of in (1, 2))
+        self._bytes = keys.itemsize
 
     def spot(self, tokens: int) -> Spot:
         """Where the next token goes behind so many."""
         key, value = (
-            side.data_ptr() + tokens * side.stride(2) * side.itemsize
-            for side in (self._keys, self._values)
+            place + tokens * stride * self._bytes
+            for place, stride in zip(self._places, self._tokens, strict=True)
         )
-        return Spot(key, value, self._keys.stride(1), self._values.stride(1))
+        return Spot(key, value, *self._groups)
 
     def view(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """What the cache is given: so many."""
         self.views = self._keys.narrow(2, 0, tokens), self._values.narrow(2, 0, tokens)
         return self.views
+
+    def attended(self, tokens: int) -> Attended:
+        """The same, as a kernel reads it."""
+        (key, value), (key_group, value_group) = self._places, self._groups
+        key_token, value_token = self._tokens
+        return Attended(key, value, tokens, key_group, key_token, value_group, value_token)
 
 
 _rooms: "weakref.WeakKeyDictionary[DynamicLayer, _Room]" = weakref.WeakKeyDictionary()
@@ -92,12 +103,12 @@ class Store:
         Args:
             x: a tensor of the dtype that is attended to.
         """
-        if self._room is None:
-            updated = self._cache.update(*self._given, self._index)
-            self._attended = keys, values = tuple(_plain(tensor, x) for tensor in updated)
-        else:
-            keys, values = self._room.view(self._layer.keys.shape[2] + 1)
-            self._layer.keys, self._layer.values = keys, values
+        if self._room is not None:
+            tokens = self._layer.keys.shape[2] + 1
+            self._layer.keys, self._layer.values = self._room.view(tokens)
+            return self._room.attended(tokens)
+        updated = self._cache.update(*self._given, self._index)
+        self._attended = keys, values = tuple(_plain(tensor, x) for tensor in updated)
         strides = keys.stride(1), keys.stride(2), values.stride(1), values.stride(2)
         return Attended(keys.data_ptr(), values.data_ptr(), keys.shape[2], *strides)
 

@@ -38,13 +38,13 @@ class ChosenExperts:
         memory = torch.empty(max(map(weight.room, groups)), dtype=torch.uint8)
         self._memory = middle, gated, rows, memory
         room = memory.data_ptr()
-        self._places = (
+        places = (
             (self._tokens.data_ptr(), room, middle.data_ptr()),
             (gated.data_ptr(), room, rows.data_ptr()),
         )
         first, second = zip(groups, ((dtype, torch.float32), (torch.float32,) * 2), strict=True)
         self._products = [
-            weight.step(*kind, *at) for kind, at in zip((first, second), self._places, strict=True)
+            weight.step(*kind, *at) for kind, at in zip((first, second), places, strict=True)
         ]
         self._sum = between.weighted_step(dtype, rows.data_ptr(), 0, 0, count, channels)
         halves = middle.data_ptr(), middle[:, inner:].data_ptr()
@@ -71,10 +71,9 @@ class ChosenExperts:
             factors = weights.float().contiguous()
             out = x.new_empty(x.shape)
             held = []  # It lives until the kernels have read it.
-            for part, (product, at) in enumerate(zip(self._products, self._places, strict=True)):
-                groups = [group_of(pair[part]) for pair in pairs]
-                held.append([weight.parts_of(group) for group in groups])
-                product.tell_all(weight.places(groups, held[-1], *at))
+            for part, product in enumerate(self._products):
+                held.append([weight.parts_of(group_of(pair[part])) for pair in pairs])
+                weight.tell_weights(product, held[-1])
             self._sum.tell(b=factors.data_ptr(), out=out.data_ptr())
             self._chain.run()
             return out

@@ -44,10 +44,6 @@ class Step:
         for name, value in told.items():
             self.places[self._names[name]] = value
 
-    def tell_all(self, told: Sequence[int]) -> None:
-        """Change what is at all places."""
-        self.places[:] = array("q", told)  # In the memory that it has: the size is the same.
-
     def address_of(self, name: str) -> int:
         """Of a place; 0 if there is none of this name."""
         at = self._names.get(name)

@@ -1,6 +1,7 @@
 """Int8 weights, plain, multiplied by kernels that LLVM compiles for this processor."""
 
 import functools
+from array import array
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -217,6 +218,20 @@ def step(groups: Sequence[Rows], dtypes: tuple[torch.dtype, torch.dtype], *at: i
     kernel = compiler.kernel_of(module_of, kind_of(groups, *dtypes))
     told = places(groups, [parts_of(group) for group in groups], *at)
     return chain.Step(kernel, calls.CALL + calls.GROUP, told)
+
+
+def tell_weights(step: "Step", held: Sequence[Sequence[Tensor | None]]) -> None:
+    """Let a step multiply with other weights, of the same shapes.
+
+    Args:
+        step: of as many weights.
+        held: the `parts_of` each; they have to live until the step was run.
+    """
+    from haq.int8.llvm import calls
+
+    for index, parts in enumerate(held):
+        at = len(calls.CALL) + index * len(calls.GROUP)
+        step.places[at : at + len(parts)] = array("q", map(_address, parts))
 
 
 def _size(groups: Sequence[Rows]) -> tuple[int, int, int, int]:
