@@ -72,8 +72,12 @@ PARTS = [
     (f"{MODELING}.mixtral.modeling_mixtral", "MixtralRMSNorm.forward", "norms"),
     (f"{MODELING}.llama.modeling_llama", "apply_rotary_pos_emb", "rotation"),
     (f"{MODELING}.mixtral.modeling_mixtral", "apply_rotary_pos_emb", "rotation"),
-    (f"{MODELING}.mixtral.modeling_mixtral", "MixtralTopKRouter.forward", "router"),
-    (f"{MODELING}.mixtral.modeling_mixtral", "MixtralSparseMoeBlock.forward", "other"),
+    (f"{MODELING}.mixtral.modeling_mixtral", "MixtralTopKRouter.forward", "router and its block"),
+    (
+        f"{MODELING}.mixtral.modeling_mixtral",
+        "MixtralSparseMoeBlock.forward",
+        "router and its block",
+    ),
 ]
 WARM_STEPS, TIMED_STEPS = 5, 41
 
