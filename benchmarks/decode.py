@@ -33,14 +33,16 @@ Start = Callable[[PreTrainedModel], harness.Run]
 
 WORKS: dict[str, Start] = {
     "decode, 1 token": shapes.decoder,
+    f"decode, 1 token after {shapes.LONG_TEXT}": shapes.decoder_of_long_text,
     f"prefill, {shapes.PROMPT} tokens": lambda model: shapes.prefill(model, shapes.PROMPT),
     f"prefill, {shapes.LONG_PROMPT} tokens": shapes.prefill,
 }
-DECODE, SHORT, PREFILL = WORKS
+DECODE, LONG, SHORT, PREFILL = WORKS
 
-# Every work is compiled for itself. A short prompt would tell nothing that a long one does not.
+# Every work is compiled for itself. A short prompt would tell nothing that a long one does not, and
+# each length of a text would be compiled.
 COMPILED = "int8, compiled"
-NOT_COMPILED = {SHORT}
+NOT_COMPILED = {SHORT, LONG}
 
 # A long prompt takes seconds a round. Processors without instructions for bfloat16 take ten times
 # as long in it: where one prompt takes more than this, one is what is timed.

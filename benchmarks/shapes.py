@@ -35,7 +35,7 @@ from haq.model.fast import use_fast_parts
 from haq.nn import Int8Experts, Int8Linear
 
 PROMPT, LONG_PROMPT = 128, 512
-TEXT = 16  # tokens that are decoded before the cache is cut back
+TEXT, LONG_TEXT = 16, 1500  # tokens that are decoded before the cache is cut back; before them
 VOCABULARY = 32000
 
 LLAMA_2048 = {
@@ -178,19 +178,35 @@ def with_own_modules(model: PreTrainedModel, shared: Iterable[nn.Module] = ()) -
     return copy.deepcopy(model, {id(part): part for part in (*tensors, *shared)})
 
 
-def decoder(model: PreTrainedModel, length: int = PROMPT) -> harness.Run:
-    """One token after a prompt, and then after one token more."""
-    tokens = prompt(length + 1)
+def decoder(model: PreTrainedModel) -> harness.Run:
+    """One token after the prompt, and then after one token more."""
+    tokens = prompt(PROMPT + 1)
     cache = DynamicCache(config=model.config)
     # A step, too, and not compiled: all that is to be compiled is the step that is repeated.
     eager = getattr(model, "_orig_mod", model)
-    filled = {cache_argument(eager): cache}
-    eager(tokens, **filled, logits_to_keep=1)
+    eager(tokens, **{cache_argument(eager): cache}, logits_to_keep=1)
     cache.crop(-1)
-    most = 1 if eager is not model else TEXT
+    return _steps(model, cache, 1 if eager is not model else TEXT)
+
+
+def decoder_of_long_text(model: PreTrainedModel) -> harness.Run:
+    """The same after `LONG_TEXT` tokens, whose keys and values are random: a prompt takes long."""
+    config = model.config
+    cache = DynamicCache(config=config)
+    size = config.hidden_size // config.num_attention_heads
+    for index in range(config.num_hidden_layers):
+        shape = 1, config.num_key_value_heads, LONG_TEXT, size
+        cache.update(torch.randn(shape).bfloat16(), torch.randn(shape).bfloat16(), index)
+    return _steps(model, cache, TEXT)
+
+
+def _steps(model: PreTrainedModel, cache: DynamicCache, most: int) -> harness.Run:
+    """Decodes a token; the cache is cut back after so many."""
+    length, token = cache.get_seq_length(), prompt(1)
+    filled = {cache_argument(getattr(model, "_orig_mod", model)): cache}
 
     def step() -> Tensor:
-        logits: Tensor = model(tokens[:, -1:], **filled).logits
+        logits: Tensor = model(token, **filled).logits
         if cache.get_seq_length() == length + most:
             cache.crop(-most)
         return logits

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
-from haq import Int8Linear, QuantizationConfig, quantize_model
+from haq import Int8Experts, Int8Linear, QuantizationConfig, quantize_model
 from haq.int8 import matmul
 from haq.model import attention, steps
 from haq.model.anatomy import may_be_layer
@@ -368,6 +369,123 @@ def test_a_long_text() -> None:
         plain(tokens[:, :-2], **cache)
         expected = [plain(tokens[:, at:][:, :1], **cache).logits for at in (-2, -1)]
     torch.testing.assert_close(torch.cat(found), torch.cat(expected), rtol=0.02, atol=0.02)
+
+
+@needs_llvm
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_every_mode_of_gradients(name: str) -> None:
+    """Where they are enabled, norms may be asked for them; what is found out then is not kept."""
+    model = int8(name)
+    tokens = token_ids(1, PROMPT + 1)
+    for mode, steps_taken in (
+        (torch.enable_grad, 0),
+        (torch.no_grad, 2),
+        (torch.inference_mode, 2),
+    ):
+        results = []
+        with mode(), counted() as seen:  # type: ignore[no-untyped-call]
+            for each in (model, by_itself(model)):
+                given = with_cache(each, DynamicCache(config=each.config))
+                each(tokens[:, :PROMPT], **given)
+                results.append(each(tokens[:, PROMPT:], **given).logits)
+        assert torch.equal(*results)
+        assert results[0].requires_grad == (mode is torch.enable_grad)
+        assert len(seen) == steps_taken
+
+
+MIXED = ["mixtral", "qwen3-moe", "olmoe"]
+
+
+@needs_llvm
+@pytest.mark.parametrize("name", MIXED)
+def test_a_mixture_is_kernels_only(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither its router nor its experts are called."""
+    model = int8(name)
+    expected = decoded(by_itself(model))
+    decoded(model)
+
+    def never(*_args: Any, **_kwargs: Any) -> None:
+        raise AssertionError
+
+    prompt, rest = token_ids(1, PROMPT), token_ids(1, PROMPT + NEW)[:, PROMPT:]
+    given = with_cache(model, DynamicCache(config=model.config))
+    with torch.no_grad():
+        model(prompt, **given)
+        monkeypatch.setattr(Int8Experts, "forward", never)
+        monkeypatch.setattr(type(model.model.layers[0].mlp), "forward", never)
+        found = [model(rest[:, at : at + 1], **given).logits for at in range(NEW)]
+    assert (torch.cat(found) != expected).float().mean() <= 0.02
+
+
+@needs_llvm
+@pytest.mark.parametrize("part", ["gate", "experts"])
+def test_hooks_of_a_mixture_are_called(part: str) -> None:
+    model = int8("mixtral")
+    expected = decoded(model)
+    seen: list[Any] = []
+    for layer in layers_of(model):
+        module = layer.get_submodule(f"mlp.{part}")
+        module.register_forward_hook(lambda *args: seen.append(args[-1]))
+    assert torch.equal(decoded(model), expected)
+    assert len(seen) == 2 * (NEW + 1)
+
+
+@needs_llvm
+def test_experts_that_were_loaded_are_read() -> None:
+    model = int8("mixtral")
+    before = decoded(model)
+    for layer in layers_of(model):
+        for expert in layer.get_submodule("mlp.experts.down").children():
+            assert isinstance(expert, Int8Linear)
+            expert.load_state_dict(expert.state_dict() | {"weight": expert.weight.flip(1)})
+    expected = decoded(by_itself(model))
+    with counted() as seen:
+        found = decoded(model)
+    assert len(seen) == 2 * NEW
+    assert (found != expected).float().mean() <= 0.02
+    assert not torch.equal(found, before)
+
+
+@needs_llvm
+def test_another_activation_of_experts_is_called() -> None:
+    model = int8("mixtral")
+    decoded(model)
+    for layer in layers_of(model):
+        experts: Any = layer.get_submodule("mlp.experts")
+        experts.activation = lambda x: functional.gelu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1]
+    expected = decoded(by_itself(model))
+    found = decoded(model)
+    assert (found != expected).float().mean() <= 0.02
+
+
+class _Biased(nn.Module):
+    """A router that prefers its last expert."""
+
+    def __init__(self, router: Any) -> None:
+        super().__init__()
+        self.weight, self.top_k = router.weight, router.top_k
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = functional.linear(x.reshape(-1, x.shape[-1]), self.weight)
+        shifted = logits.clone()
+        shifted[:, -1] += 1
+        scores, index = shifted.float().softmax(-1).topk(self.top_k)
+        return logits, scores / scores.sum(-1, keepdim=True), index
+
+
+@needs_llvm
+def test_another_router_is_called() -> None:
+    model = int8("mixtral")
+    before = decoded(model)
+    for layer in layers_of(model):
+        block: Any = layer.get_submodule("mlp")
+        block.gate = _Biased(block.gate)
+    expected = decoded(by_itself(model))
+    with counted() as seen:
+        found = decoded(model)
+    assert len(seen) == 2 * NEW  # What is before the block is kernels.
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, before)
 
 
 def test_counts_the_layers_it_may_help() -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from haq.model.trials import agree
+from haq.model.trials import Way, agree
 
 X, ROTATION = torch.zeros(1, 1, 32, dtype=torch.bfloat16), torch.zeros(1, 1, 8)
 
@@ -67,6 +67,20 @@ def test_one_operation_more_is_one_too_many() -> None:
     assert not agree(with_more, rotated, X, ROTATION)
     assert agree(rotated, with_more, X, ROTATION)
     assert not agree(with_products, rotated, X, ROTATION)
+
+
+def test_one_token_may_be_a_little_off() -> None:
+    def near(share: float, first: int) -> Way:
+        def way(x: Tensor, cos: Tensor, sin: Tensor, cache: Cache) -> Tensor:
+            result = rotated(x, cos, sin, cache)
+            wrong = cache.get_seq_length() >= 4 * first  # Four heads are four tokens here.
+            return x + (1 + share) * (result - x) if wrong else result
+
+        return way
+
+    assert agree(rotated, near(0.01, 4), X, ROTATION)
+    assert not agree(rotated, near(0.01, 3), X, ROTATION)
+    assert not agree(rotated, near(0.2, 4), X, ROTATION)
 
 
 def test_what_is_done_once_is_forgiven() -> None:

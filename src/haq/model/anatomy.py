@@ -1,15 +1,16 @@
 """What a decoder layer seems to be, by the names that most families have for its parts."""
 
+import itertools
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 
 from haq.model.attention import NAME
-from haq.nn import Int8Linear
-from haq.nn.parts import Gated, Parts
+from haq.nn import Int8Experts, Int8Linear
+from haq.nn.parts import Gated, Mixture, Parts
 
 _ATTENTION = "self_attn"
 _NORMS = ("input_layernorm", "post_attention_layernorm")
@@ -17,6 +18,11 @@ _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _HEAD_NORMS = ("q_norm", "k_norm")
 _GATED = ("gate_proj", "up_proj", "down_proj")
 _ACTIVATION = "act_fn"
+_MIXTURE = ("gate", "experts")
+_IN_BLOCK = (*_GATED, _ACTIVATION, *_MIXTURE)
+
+# Tokens that tell one router from another.
+_SAMPLE_TOKENS = 5
 
 
 def may_be_layer(module: nn.Module) -> bool:
@@ -77,7 +83,7 @@ def slots_of(layer: nn.Module) -> list[Slot]:
     (name,) = (name for name, module in layer._modules.items() if module is block)
     places = [(layer, _ATTENTION), *((layer, norm) for norm in _NORMS)]
     places += [(attention, inside) for inside in (*_PROJECTIONS, *_HEAD_NORMS)]
-    places += [(layer, name), *((block, inside) for inside in (*_GATED, _ACTIVATION))]
+    places += [(layer, name), *((block, inside) for inside in _IN_BLOCK)]
     found = ((parent._modules, name, parent._modules.get(name)) for parent, name in places)
     return [Slot(*slot, type(slot[-1])) for slot in found]
 
@@ -102,14 +108,15 @@ def parts_of(layer: nn.Module) -> Parts | None:
         return None
     names = _HEAD_NORMS if _HEAD_NORMS[0] in attention._modules else ()
     head_norms = tuple(attention._modules[name] for name in names)
-    gated = _gated(block_of(layer))
-    return Parts((first, second), query, key, value, output, head_norms, gated, size, scale)
+    block = block_of(layer)
+    known = _gated(block) or _mixture(block)
+    return Parts((first, second), query, key, value, output, head_norms, known, size, scale)
 
 
 def replaced_by(slots: list[Slot], parts: Parts) -> list[nn.Module]:
     """The modules that are not called where kernels run."""
-    if parts.gated is None:  # The block is called as it is.
-        slots = slots[: -len(_GATED) - 2]
+    if parts.block is None:  # It is called as it is.
+        slots = slots[: -len(_IN_BLOCK) - 1]
     return [slot.module for slot in slots if slot.module is not None]
 
 
@@ -139,3 +146,39 @@ def _gated(module: nn.Module) -> Gated | None:
     ):
         return None
     return Gated(gate, up, down)
+
+
+def _mixture(module: nn.Module) -> Mixture | None:
+    """The parts of a mixture of int8 experts; None if it is another module, or routes otherwise."""
+    if module._modules.keys() != {*_MIXTURE} or module._parameters:
+        return None
+    router, experts = (module._modules[name] for name in _MIXTURE)
+    if router is None or not isinstance(experts, Int8Experts):
+        return None
+    names = {name for name, tensor in router._parameters.items() if tensor is not None}
+    if names != {"weight"} or len(router._buffers) or len(router._modules):
+        return None
+    weight = router.get_parameter("weight")
+    generator = torch.Generator().manual_seed(0)
+    sample = torch.randn(_SAMPLE_TOKENS, weight.shape[-1], generator=generator).to(weight)
+    found = router(sample)
+    if not isinstance(found, tuple) or not all(isinstance(part, Tensor) for part in found):
+        return None
+    for normed, rounded in itertools.product((False, True), repeat=2):
+        if len(found) == 3 and _is_softmax(found, sample @ weight.T, normed, rounded):
+            slots = found[2].shape[-1]
+            return Mixture(router, experts, experts.activation, slots, normed, rounded)
+    return None
+
+
+def _is_softmax(found: tuple[Tensor, ...], logits: Tensor, normed: bool, rounded: bool) -> bool:
+    """Whether a router gave logits, scores and experts by this formula."""
+    _, scores, index = found
+    if index.dim() != 2 or index.is_floating_point() or scores.shape != index.shape:
+        return False
+    expected, order = logits.float().softmax(-1).topk(index.shape[-1])
+    if normed:
+        expected = expected / expected.sum(-1, keepdim=True)
+    expected = expected.to(logits.dtype) if rounded else expected
+    same = scores.dtype == expected.dtype and torch.equal(index, order)
+    return same and torch.allclose(scores.float(), expected.float(), rtol=1e-5, atol=0)

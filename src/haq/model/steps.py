@@ -184,9 +184,9 @@ def _one_token(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
             return None
     if not isinstance(cache, Cache) or not isinstance(rotation, tuple) or len(rotation) != 2:
         return None
-    trains = torch.is_grad_enabled() and x.requires_grad
     cos, sin = rotation
-    if trains or torch.is_autocast_enabled("cpu") or not x.is_contiguous():
+    # Norms and routers may be asked for gradients.
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not x.is_contiguous():
         return None
     fit = _is_rotation(cos, x) and _is_rotation(sin, x) and cos.shape == sin.shape
     return _Token(x, cos, sin, cache, cache_name) if fit else None

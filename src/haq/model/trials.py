@@ -17,8 +17,9 @@ from transformers import Cache, DynamicCache
 Way = Callable[[Tensor, Tensor, Tensor, Cache], Any]
 """What a layer makes of a token, its rotation's cos and sin, and a cache that takes its keys."""
 
-# Tokens that are compared; the first attends to itself only.
-_TRIALS = 3
+# Tokens that are compared; the first attends to itself only. In one of them the last bit of a
+# router's logit may be another one, and then most numbers are.
+_TRIALS, _OFF = 4, 1
 
 # Small, so that what a layer adds to its input is not rounded away, but larger than any eps.
 _SPREAD = 0.1
@@ -26,13 +27,17 @@ _SPREAD = 0.1
 # Of a layer's outputs that may be other bits. A sigmoid's last bit may differ, and move others.
 _MOST_OTHERS = 0.05
 
+# Of what a layer adds to a token, relative: that far off all trials may be.
+_FARTHEST = 0.05
+
 # What a layer may do with a token more often than its kernels do in torch: the rotation, the scale
-# of the scores, two sums, the gate. And what computes nothing.
+# of the scores, two sums, the gate; its router. And what computes nothing.
 _OPERATIONS = Counter(mul=6, add=4, neg=2, silu=1)
+_OPERATIONS += Counter("linear addmm mm matmul softmax _softmax topk sum div div_".split())
 _NO_COMPUTATION = set(
-    "_reshape_alias _to_copy _unsafe_view alias as_strided cat clone copy_ detach empty empty_like "
-    "empty_strided expand lift_fresh narrow new_empty permute reshape select slice split squeeze "
-    "t to transpose unsqueeze view".split()
+    "_local_scalar_dense _reshape_alias _to_copy _unsafe_view alias as_strided cat clone copy_ "
+    "detach empty empty_like empty_strided expand item lift_fresh narrow new_empty permute reshape "
+    "resolve_conj resolve_neg select slice split squeeze t to transpose unsqueeze view".split()
 )
 
 
@@ -47,6 +52,7 @@ def agree(own: Way, fast: Way, x: Tensor, rotation: Tensor) -> bool:
     """
     generator = torch.Generator().manual_seed(0)
     caches = DynamicCache(), DynamicCache()
+    off = 0
     for _ in range(_TRIALS):
         token = (_SPREAD * torch.randn(x.shape, generator=generator)).to(x)
         angles = torch.randn(rotation.shape[-1] // 2, generator=generator).repeat(2)
@@ -57,10 +63,14 @@ def agree(own: Way, fast: Way, x: Tensor, rotation: Tensor) -> bool:
             found = fast(token, cos, sin, caches[1])
         if not isinstance(expected, Tensor) or not isinstance(found, Tensor):
             return False
-        if expected.shape != found.shape or (expected != found).float().mean() > _MOST_OTHERS:
+        if expected.shape != found.shape:
             return False
+        far = (expected.float() - found.float()).norm()
+        if not far <= _FARTHEST * (expected.float() - token.float()).norm():
+            return False
+        off += int((expected != found).float().mean() > _MOST_OTHERS)
     # Of the last trial: in the first one modules may do what they do once.
-    return not (of_own.counts - of_fast.counts) - _OPERATIONS
+    return off <= _OFF and not (of_own.counts - of_fast.counts) - _OPERATIONS
 
 
 class _Operations(TorchDispatchMode):

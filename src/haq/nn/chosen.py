@@ -23,6 +23,11 @@ class ChosenExperts:
         pair: the two matrices of any expert, ``[2 I, D]`` and ``[D, I]``, with kernels of LLVM.
         count: how many experts the token chose, A.
         dtype: of the token, one of `haq.int8.llvm.weight.TYPES`.
+
+    Attributes:
+        kind: the `kind_of` what it serves.
+        tokens: ``[A, D]``, what the kernels read.
+        steps: they; the last one is the weighted sum.
     """
 
     def __init__(self, pair: tuple[Int8Linear, Int8Linear], count: int, dtype: torch.dtype) -> None:
@@ -32,14 +37,14 @@ class ChosenExperts:
         channels, inner = pair[0].in_features, pair[1].in_features
         self.kind = kind_of(pair, count, dtype)
         self._lock = threading.Lock()
-        self._tokens = torch.empty(count, channels, dtype=dtype)
+        self.tokens = torch.empty(count, channels, dtype=dtype)
         middle, gated, rows = (torch.empty(count, n) for n in (2 * inner, inner, channels))
         groups = [[group_of(layer)] * count for layer in pair]
         memory = torch.empty(max(map(weight.room, groups)), dtype=torch.uint8)
         self._memory = middle, gated, rows, memory
         room = memory.data_ptr()
         places = (
-            (self._tokens.data_ptr(), room, middle.data_ptr()),
+            (self.tokens.data_ptr(), room, middle.data_ptr()),
             (gated.data_ptr(), room, rows.data_ptr()),
         )
         first, second = zip(groups, ((dtype, torch.float32), (torch.float32,) * 2), strict=True)
@@ -49,7 +54,16 @@ class ChosenExperts:
         self._sum = between.weighted_step(dtype, rows.data_ptr(), 0, 0, count, channels)
         halves = middle.data_ptr(), middle[:, inner:].data_ptr()
         gate = between.gate_step(torch.float32, *halves, gated.data_ptr(), count, inner, 2 * inner)
-        self._chain = Chain([self._products[0], gate, self._products[1], self._sum])
+        self.steps = [self._products[0], gate, self._products[1], self._sum]
+        self._chain = Chain(self.steps)
+
+    def tell(self, pairs: Sequence[tuple[Int8Linear, Int8Linear]]) -> list[Any]:
+        """Let the steps multiply with these experts, as long as what this gives is held."""
+        held = []
+        for part, product in enumerate(self._products):
+            held.append([weight.parts_of(group_of(pair[part])) for pair in pairs])
+            weight.tell_weights(product, held[-1])
+        return held
 
     def run(
         self, pairs: Sequence[tuple[Int8Linear, Int8Linear]], x: Tensor, weights: Tensor
@@ -67,15 +81,13 @@ class ChosenExperts:
         if not self._lock.acquire(blocking=False):
             return None
         try:
-            self._tokens.copy_(x)
+            self.tokens.copy_(x)
             factors = weights.float().contiguous()
             out = x.new_empty(x.shape)
-            held = []  # It lives until the kernels have read it.
-            for part, product in enumerate(self._products):
-                held.append([weight.parts_of(group_of(pair[part])) for pair in pairs])
-                weight.tell_weights(product, held[-1])
+            held = self.tell(pairs)
             self._sum.tell(b=factors.data_ptr(), out=out.data_ptr())
             self._chain.run()
+            del held
             return out
         finally:
             self._lock.release()

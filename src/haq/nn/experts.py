@@ -91,10 +91,15 @@ class Int8Experts(nn.Module):
                 kernels run such an index stands for none, since a look at it would be waited for.
             RuntimeError: a CUDA graph is captured, and the experts were never called outside of it.
         """
-        states, gates = hidden_states.detach(), top_k_weights.detach()
         if torch.compiler.is_compiling():
-            compiled: Tensor = torch.ops.haq.int8_experts(states, top_k_index, gates, self._handle)
+            compiled: Tensor = torch.ops.haq.int8_experts(
+                hidden_states.detach(), top_k_index, top_k_weights.detach(), self._handle
+            )
             return compiled
+        states, gates = (
+            given.detach() if given.requires_grad else given
+            for given in (hidden_states, top_k_weights)
+        )
         return self._compute(whole(hidden_states), states, top_k_index, gates)
 
     def _compute(
@@ -118,14 +123,19 @@ class Int8Experts(nn.Module):
         outputs = expert_rows(experts, rows, self.activation, hidden_states, tokens)
         return weighted_sum(outputs, order, top_k_weights).to(dtype)
 
+    def is_gated_by_silu(self) -> bool:
+        """Whether experts compute ``down(silu(a) * b)``, a and b the halves of ``up``'s output."""
+        inner = _layer(self.down, 0).in_features
+        if self._gate is None or self._gate[0] is not self.activation:
+            gated = _layer(self.up, 0).out_features == 2 * inner
+            self._gate = self.activation, gated and is_gate(self.activation, inner)
+        return self._gate[1]
+
     def _of_one_token(
         self, pairs: list[tuple[Int8Linear, Int8Linear]], hidden_states: Tensor, weights: Tensor
     ) -> Tensor:
         dtype = hidden_states.dtype
-        gate, inner = self._gate, _layer(self.down, 0).in_features
-        if gate is None or gate[0] is not self.activation:
-            gate = self._gate = self.activation, is_gate(self.activation, inner)
-        if gate[1] and dtype in TYPES and _layer(self.up, 0).out_features == 2 * inner:
+        if dtype in TYPES and self.is_gated_by_silu():
             chosen = self._chosen
             if chosen is None or chosen.kind != kind_of(pairs[0], len(pairs), dtype):
                 chosen = self._chosen = ChosenExperts(pairs[0], len(pairs), dtype)
@@ -140,7 +150,8 @@ class Int8Experts(nn.Module):
         whether they are still what was brought together.
         """
         if not isinstance(_layer(self.up, 0)._packed, TritonWeight):
-            self._held = None
+            if self._held is not None:  # To set an attribute of a module takes long.
+                self._held = None
             return None
         layers = [[_layer(part, e) for e in range(len(part))] for part in (self.up, self.down)]
         packed = [layer._packed for part in layers for layer in part]

@@ -3,10 +3,12 @@
 A layer of `transformers` is forty operations. Beside weights that are read at the memory's speed
 each of them takes microseconds that add up, a quarter to half of a decoding step: Python, a look at
 each tensor, threads that wait to be woken. Here they are two chains of kernels whose memory is
-there already. Between them the cache, whatever kind it is, is given the keys and values.
+there already. Between them the cache, whatever kind it is, is given the keys and values. The
+experts that a token chose are a third one.
 """
 
 import threading
+from array import array
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -14,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from haq.int8.llvm import weight
+from haq.nn.chosen import ChosenExperts
 from haq.nn.linear import Int8Linear
 from haq.nn.norms import formula
-from haq.nn.parts import Gated, Parts, tensors_of_norm
+from haq.nn.parts import Gated, Mixture, Parts, tensors_of_norm
 from haq.nn.rows import group_of
 
 if TYPE_CHECKING:  # It needs llvmlite.
@@ -102,7 +105,7 @@ class LayerStep:
         self._build()
 
     def run(self, x: Tensor, cos: Tensor, sin: Tensor, store: Store) -> list[Tensor] | None:
-        """The layer's output; or, without a gated block, what it is to be added to, and its input.
+        """The layer's output; or, for an unknown block, what it is to be added to, and its input.
 
         Args:
             x: ``[1, 1, K]``, contiguous, as the next two.
@@ -118,7 +121,7 @@ class LayerStep:
             return None
         try:
             held = self.parts.tensors()  # They live until the kernels have read them.
-            self.is_current = _addresses(held) == self._addresses
+            self.is_current = _addresses(held) == self._addresses and self.parts.is_as_before()
             return self._run(x, cos, sin, store) if self.is_current else None
         finally:
             self._lock.release()
@@ -135,7 +138,8 @@ class LayerStep:
             self._scores = self._scores.new_empty(2 * size)
         self._attention.tell(scores=self._scores.data_ptr(), **attended._asdict())
         result = torch.empty_like(x)
-        if self.parts.gated is None:
+        block = self.parts.block
+        if block is None:
             normed = torch.empty_like(x)
             self._first_sum.tell(a=address, out=result.data_ptr())
             self._second_norm.tell(tokens=result.data_ptr(), out=normed.data_ptr())
@@ -144,6 +148,10 @@ class LayerStep:
         self._first_sum.tell(a=address)
         self._last_sum.tell(out=result.data_ptr())
         self._after.run()
+        if isinstance(block, Mixture):
+            held = self._experts.tell([block.experts.expert(index) for index in self._index])
+            self._of_experts.run()
+            del held
         return [result]
 
     def _build(self) -> None:
@@ -189,9 +197,13 @@ class LayerStep:
             self._first_sum,
             self._second_norm,
         ]
-        if parts.gated is not None:
+        if parts.block is not None:
             self._last_sum = between.sum_step(dtype, total, product, 0, self.channels)
-            steps += [*self._gated(parts.gated, normed, product), self._last_sum]
+        if isinstance(parts.block, Gated):
+            steps += [*self._gated(parts.block, normed, product), self._last_sum]
+        elif isinstance(parts.block, Mixture):
+            steps += self._router(parts.block, normed, product)
+            self._of_experts = Chain([*self._experts.steps, self._last_sum])
         self._after = Chain(steps)
 
     def _norms_of_heads(self, query: int, key: int) -> Iterator["Step"]:
@@ -211,6 +223,29 @@ class LayerStep:
         yield self._product(gated.up, tokens, second)
         yield gate_step(self.dtype, first, second, product, 1, inner, inner)
         yield self._product(gated.down, product, out)
+
+    def _router(self, mixture: Mixture, token: int, out: int) -> list["Step"]:
+        """The choice of experts; and what computes them, when Python has seen which ones."""
+        from haq.int8.llvm import router
+
+        number, slots, channels = mixture.experts.num_experts, mixture.slots, self.channels
+        self._experts = ChosenExperts(mixture.experts.expert(0), slots, self.dtype)
+        self._index = array("q", [0] * slots)
+        logits, scores = self._take(4 * number), self._take(4 * slots)
+        self._experts.steps[-1].tell(b=scores, out=out)
+        weight = mixture.router.get_parameter("weight").data_ptr()
+        places = logits, token, scores, self._index.buffer_info()[0]
+        return [
+            router.logits_step(self.dtype, token, weight, logits, number, channels),
+            router.choice_step(
+                self.dtype,
+                mixture.normed,
+                mixture.rounded,
+                *places,
+                self._experts.tokens.data_ptr(),
+                (number, slots, channels),
+            ),
+        ]
 
     def _norm(self, module: nn.Module, tokens: int, out: int, count: int = 1) -> "Step":
         from haq.int8.llvm import norms

@@ -6,8 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from haq.int8.llvm.weight import LlvmWeight
+from haq.nn.chosen import kind_of
+from haq.nn.experts import Int8Experts
 from haq.nn.linear import Int8Linear
 from haq.nn.norms import formula
+from haq.nn.rows import Activation
 
 DTYPES = (torch.bfloat16, torch.float16)
 """Of the tokens that there are kernels for, all that a layer needs."""
@@ -23,10 +26,31 @@ class Gated:
 
 
 @dataclass(frozen=True)
+class Mixture:
+    """A mixture of experts: ``experts(x, *router(x))``, the largest of a softmax.
+
+    Attributes:
+        router: has a weight ``[E, D]``, and nothing else.
+        experts: with a gate by silu.
+        activation: theirs, which that is.
+        slots: experts of a token, A.
+        normed: whether the scores of those that are chosen are divided by their sum.
+        rounded: whether scores are rounded to the dtype of the token.
+    """
+
+    router: nn.Module
+    experts: Int8Experts
+    activation: Activation
+    slots: int
+    normed: bool
+    rounded: bool
+
+
+@dataclass(frozen=True)
 class Parts:
     """What a decoder layer consists of.
 
-    ``y = x + output(attention(...))``, and then ``y + gated(second_norm(y))``. The attention has
+    ``y = x + output(attention(...))``, and then ``y + block(second_norm(y))``. The attention has
     rotary embeddings of halves.
 
     Attributes:
@@ -36,7 +60,7 @@ class Parts:
         value: ``[G V, K]``.
         output: ``[K, H V]``.
         head_norms: of queries and of keys, of each head or of all at once; or none.
-        gated: None if something else follows the second norm.
+        block: None if it is of another kind.
         size: D.
         scale: of the scores.
     """
@@ -47,14 +71,14 @@ class Parts:
     value: Int8Linear
     output: Int8Linear
     head_norms: tuple[nn.Module, ...]
-    gated: Gated | None
+    block: Gated | Mixture | None
     size: int
     scale: float
 
     @property
     def linears(self) -> list[Int8Linear]:
-        gated = self.gated
-        more = [] if gated is None else [gated.gate, gated.up, gated.down]
+        block = self.block
+        more = [block.gate, block.up, block.down] if isinstance(block, Gated) else []
         return [self.query, self.key, self.value, self.output, *more]
 
     @property
@@ -68,7 +92,7 @@ class Parts:
     @property
     def inner(self) -> int:
         """What is between the products of the gated block, I."""
-        return 0 if self.gated is None else self.gated.gate.out_features
+        return self.block.gate.out_features if isinstance(self.block, Gated) else 0
 
     @property
     def heads(self) -> int:
@@ -84,6 +108,12 @@ class Parts:
         """Of a value, V."""
         return self.value.out_features // max(1, self.groups)
 
+    def is_as_before(self) -> bool:
+        """Whether experts still have the activation that they were recognized by."""
+        return not isinstance(self.block, Mixture) or (
+            self.block.experts.activation is self.block.activation
+        )
+
     def tensors(self) -> list[Tensor | None]:
         """All that kernels read, as it is now: somebody may load, move or share it at any time."""
         found: list[Tensor | None] = []
@@ -94,6 +124,8 @@ class Parts:
             found += [layer._buffers["bias"], layer._row_sums]
         for norm in self.all_norms:
             found += tensors_of_norm(norm)
+        if isinstance(self.block, Mixture):  # Which of its experts are read is not known before.
+            found.append(self.block.router._parameters["weight"])
         return found
 
 
@@ -109,6 +141,8 @@ def fits(parts: Parts, dtype: torch.dtype) -> bool:
     tensors = [tensor for tensor in parts.tensors() if tensor is not None]
     of_norms = [t for norm in parts.all_norms for t in tensors_of_norm(norm) if t is not None]
     plain = all(tensor.is_contiguous() and tensor.is_cpu for tensor in tensors)
+    if isinstance(parts.block, Mixture):
+        of_norms.append(parts.block.router.get_parameter("weight"))
     alike = all(tensor.dtype == dtype for tensor in of_norms)
     return plain and alike and _shapes_fit(parts)
 
@@ -120,15 +154,28 @@ def _shapes_fit(parts: Parts) -> bool:
         return False
     expected = [(heads * size, channels), (groups * size, channels)]
     expected += [(groups * width, channels), (channels, heads * width)]
-    if parts.gated is not None:
+    if isinstance(parts.block, Gated):
         expected += [(inner, channels), (inner, channels), (channels, inner)]
     given = [(layer.out_features, layer.in_features) for layer in parts.linears]
     of_heads = zip(parts.head_norms, (heads * size, groups * size), strict=False)
+    if isinstance(parts.block, Mixture) and not _mixture_fits(parts.block, channels):
+        return False
     return (
         given == expected
         and all(len(norm.get_parameter("weight")) == channels for norm in parts.norms)
         and all(len(norm.get_parameter("weight")) in (size, all_) for norm, all_ in of_heads)
     )
+
+
+def _mixture_fits(mixture: Mixture, channels: int) -> bool:
+    experts, weight = mixture.experts, mixture.router.get_parameter("weight")
+    pairs = [experts.expert(index) for index in range(experts.num_experts)]
+    alike = {kind_of(pair, mixture.slots, weight.dtype) for pair in pairs}
+    packed = all(isinstance(layer._packed, LlvmWeight) for pair in pairs for layer in pair)
+    up, down = pairs[0]
+    shape = (up.out_features, up.in_features) == (2 * down.in_features, channels)
+    fit = 0 < mixture.slots <= len(pairs) and weight.shape == (len(pairs), channels)
+    return len(alike) == 1 and packed and shape and fit and experts.is_gated_by_silu()
 
 
 def tensors_of_norm(norm: nn.Module) -> list[Tensor | None]:

@@ -37,6 +37,7 @@ _ADDRESSES = {"tokens", "integers", "blocks", "strips", "scales", "shifts", "out
 _ADDRESSES |= {"weight", "scale", "sums", "bias", "row_sums"}
 _ADDRESSES |= {"query", "key", "value", "mask", "scores", "room"}  # of attention
 _ADDRESSES |= {"a", "b", "cos", "sin", "turned_query", "turned_key", "placed_value"}
+_ADDRESSES |= {"chosen"}  # of a router
 _ADDRESSES |= {"factors", "shares", "owed", "differences"}  # of rounding a weight
 
 
