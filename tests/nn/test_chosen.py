@@ -1,8 +1,10 @@
 """The experts of one token in one call, beside the kernels that are called one by one."""
 
+import contextlib
 import copy
 import pickle
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,6 +20,13 @@ from haq.nn.rows import one_token
 HIDDEN, INNER, EXPERTS = 33, 21, 5
 
 pytestmark = pytest.mark.skipif(not matmul.compiles(), reason="LLVM's kernels do not run here")
+
+
+@pytest.fixture(autouse=True)
+def llvm() -> Iterator[None]:
+    """Whatever was measured to be the fastest one."""
+    with matmul.use_backend("llvm") if matmul.compiles() else contextlib.nullcontext():
+        yield
 
 
 def silu_gate(x: Tensor) -> Tensor:

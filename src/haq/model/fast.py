@@ -2,8 +2,8 @@
 
 from transformers import PreTrainedModel
 
+from haq.model import steps
 from haq.model.attention import use_fast_attention
-from haq.model.steps import use_fast_steps
 from haq.nn import norms
 from haq.nn.kept import use_fast_linears
 
@@ -17,4 +17,5 @@ def use_fast_parts(model: PreTrainedModel) -> None:
     if norms.may_run(model.dtype):  # Elsewhere a fused norm is the same as any.
         norms.fuse_norms(model)
     use_fast_linears(model)
-    use_fast_steps(model)
+    if steps.may_run(model.dtype):
+        steps.use_fast_steps(model)

@@ -62,6 +62,11 @@ def use_fast_steps(model: PreTrainedModel) -> int:
     return len(layers)
 
 
+def may_run(dtype: torch.dtype) -> bool:
+    """Whether there are kernels for the layers of a model of this dtype."""
+    return dtype in DTYPES and matmul.compiles()
+
+
 def takes_fast_steps(layer: nn.Module) -> bool:
     """Whether the latest token that a layer could have taken in two calls was taken so."""
     state: _State | None = vars(layer).get(_STATE)
@@ -149,7 +154,7 @@ class _FastLayer(Swapped):
     def _tried(self, parts: Parts, token: _Token, kwargs: Mapping[str, Any]) -> LayerStep | None:
         """The layer's kernels, if they do what the layer does."""
         assert isinstance(self, nn.Module)
-        if not fits(parts, token.x.dtype) or not matmul.compiles():
+        if not fits(parts, token.x.dtype) or not may_run(token.x.dtype):
             return None
         step = LayerStep(parts, token.x.dtype, token.cos.shape[-1])
         forward = super().forward  # type: ignore[misc]
