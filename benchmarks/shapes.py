@@ -186,7 +186,7 @@ def decoder(model: PreTrainedModel) -> harness.Run:
     eager = getattr(model, "_orig_mod", model)
     eager(tokens, **{cache_argument(eager): cache}, logits_to_keep=1)
     cache.crop(-1)
-    return _steps(model, cache, 1 if eager is not model else TEXT)
+    return _steps(model, cache, tokens[:, -1:], 1 if eager is not model else TEXT)
 
 
 def decoder_of_long_text(model: PreTrainedModel) -> harness.Run:
@@ -197,12 +197,12 @@ def decoder_of_long_text(model: PreTrainedModel) -> harness.Run:
     for index in range(config.num_hidden_layers):
         shape = 1, config.num_key_value_heads, LONG_TEXT, size
         cache.update(torch.randn(shape).bfloat16(), torch.randn(shape).bfloat16(), index)
-    return _steps(model, cache, TEXT)
+    return _steps(model, cache, prompt(1), TEXT)
 
 
-def _steps(model: PreTrainedModel, cache: DynamicCache, most: int) -> harness.Run:
-    """Decodes a token; the cache is cut back after so many."""
-    length, token = cache.get_seq_length(), prompt(1)
+def _steps(model: PreTrainedModel, cache: DynamicCache, token: Tensor, most: int) -> harness.Run:
+    """Decodes a token again and again; the cache is cut back after so many."""
+    length = cache.get_seq_length()
     filled = {cache_argument(getattr(model, "_orig_mod", model)): cache}
 
     def step() -> Tensor:
