@@ -17,7 +17,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from haq import Int8Experts, Int8Linear, QuantizationConfig, quantize_model
 from haq.int8 import matmul
-from haq.model import attention, steps
+from haq.model import anatomy, attention, steps
 from haq.model.anatomy import may_be_layer
 from haq.model.steps import takes_fast_steps, use_fast_steps
 from haq.nn.layer import LayerStep
@@ -279,6 +279,32 @@ def test_all_hidden_states() -> None:
     assert len(states[0]) == 3
     for found, expected in zip(*states, strict=True):
         assert torch.equal(found, expected)
+    with counted() as seen:  # The hooks stay, and sleep.
+        decoded(model)
+    assert len(seen) == 2 * NEW
+
+
+@needs_llvm
+def test_logits_of_routers() -> None:
+    """They are collected by hooks of transformers, which sleep until they are asked for."""
+    model = int8("mixtral")
+    plain = by_itself(model)
+    tokens = token_ids(1, 9)
+    for _ in range(2):
+        logits = []
+        for each in (model, plain):
+            cache = with_cache(each, DynamicCache(config=each.config))
+            with torch.no_grad():
+                each(tokens[:, :8], **cache)
+                found = each(tokens[:, 8:], output_router_logits=True, **cache)
+            logits.append(found.router_logits)
+        assert len(logits[0]) == 2
+        for found, expected in zip(*logits, strict=True):
+            assert torch.equal(found, expected)
+        with counted() as seen:
+            decoded(model)
+        # Before it had hooks for that, transformers left its mark on the modules.
+        assert len(seen) == (2 * NEW if anatomy._collector is not None else 0)
 
 
 def _loaded(model: PreTrainedModel) -> None:

@@ -1,5 +1,6 @@
 """What a decoder layer seems to be, by the names that most families have for its parts."""
 
+import importlib
 import itertools
 from typing import Any, NamedTuple
 
@@ -11,6 +12,13 @@ from torch.nn.modules import module as torch_module
 from haq.model.attention import NAME
 from haq.nn import Int8Experts, Int8Linear
 from haq.nn.parts import Gated, Mixture, Parts
+
+# What hooks of `transformers` write to while a model is asked for more than its output.
+_collecting = "transformers.utils.output_capturing"
+try:
+    _collector: Any = importlib.import_module(_collecting)._active_collector
+except (ImportError, AttributeError):  # Another version, whose hooks are like any.
+    _collector = None
 
 _ATTENTION = "self_attn"
 _NORMS = ("input_layernorm", "post_attention_layernorm")
@@ -125,10 +133,21 @@ def are_untouched(modules: list[nn.Module]) -> bool:
     if torch_module._has_any_global_hook():
         return False
     for module in modules:
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+        if module._forward_pre_hooks or "forward" in module.__dict__:
+            return False
+        if module._forward_hooks and not all(map(_sleeps, module._forward_hooks.values())):
             return False
     config: Any = modules[0].config
     return bool(config._attn_implementation == NAME)
+
+
+def _sleeps(hook: Any) -> bool:
+    """Whether a hook does nothing now.
+
+    A model that was asked for all hidden states once has hooks of `transformers` from then on.
+    """
+    theirs = _collector is not None and getattr(hook, "__module__", "") == _collecting
+    return theirs and not _collector.get()
 
 
 def _gated(module: nn.Module) -> Gated | None:
