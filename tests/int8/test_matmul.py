@@ -391,6 +391,26 @@ def test_the_faster_rival_packs_large_weights(faster: str, monkeypatch: pytest.M
         assert matmul.pack(*large).backend == slower
 
 
+@pytest.mark.usefixtures("unmeasured")
+@pytest.mark.parametrize(("seconds", "chosen"), [(0.9, "llvm"), (0.7, "int_mm")])
+def test_llvm_may_take_a_little_longer(
+    seconds: float, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is around its products is kernels, too."""
+    timed = {"llvm": 1.0, "int_mm": seconds}
+    monkeypatch.setattr(matmul.speed, "seconds_per_layer", lambda *_: timed)
+    large = (torch.ones(2, 2, dtype=torch.int8), torch.ones(2, 1))
+    assert matmul.pack(*large).backend == chosen
+    (other,) = set(RIVALS) - {chosen}
+    reason = status_of(other).reason
+    if chosen == "llvm":
+        assert reason == (
+            "measured: takes 0.90 times as long as llvm, which makes up for it around the products"
+        )
+    else:
+        assert reason == "measured: takes 1.43 times as long as int_mm"
+
+
 def test_products_are_timed_on_weights_that_are_not_the_same_memory() -> None:
     packed = []
 
