@@ -483,6 +483,47 @@ def test_experts_that_were_loaded_are_read() -> None:
 
 
 @needs_llvm
+def test_experts_that_were_laid_out_for_another_backend_are_called() -> None:
+    model = int8("mixtral")
+    expected = decoded(model)
+    with matmul.use_backend("reference"):
+        for layer in layers_of(model):
+            experts = layer.get_submodule("mlp.experts")
+            experts.load_state_dict(experts.state_dict())
+            assert {e.backend for e in experts.modules() if isinstance(e, Int8Linear)} == {
+                "reference"
+            }
+    with counted() as seen:
+        found = decoded(model)
+    assert len(seen) == 2 * NEW
+    assert (found != expected).float().mean() <= 0.02
+
+
+class _OneMore(nn.Module):
+    """An attention whose output is multiplied by what is one now."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.__dict__.update(attention.__dict__)
+        self.inner = [attention]  # No module of this one's.
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output, weights = self.inner[0](*args, **kwargs)
+        return output * 1.0, weights
+
+
+@needs_llvm
+@pytest.mark.parametrize("name", ["llama", "qwen2-moe", "mixtral", "olmoe"])
+def test_one_product_more_is_not_trusted(name: str) -> None:
+    """Whatever the block of the layer may do itself."""
+    model = int8(name)
+    layer: Any = model.model.layers[0]
+    layer.self_attn = _OneMore(layer.self_attn)
+    decoded(model)
+    assert [takes_fast_steps(each) for each in layers_of(model)] == [False, True]
+
+
+@needs_llvm
 def test_another_activation_of_experts_is_called() -> None:
     model = int8("mixtral")
     decoded(model)

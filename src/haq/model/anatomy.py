@@ -2,6 +2,7 @@
 
 import importlib
 import itertools
+from collections import Counter
 from typing import Any, NamedTuple
 
 import torch
@@ -119,6 +120,20 @@ def parts_of(layer: nn.Module) -> Parts | None:
     block = block_of(layer)
     known = _gated(block) or _mixture(block)
     return Parts((first, second), query, key, value, output, head_norms, known, size, scale)
+
+
+def operations_of(parts: Parts) -> Counter[str]:
+    """What such a layer does with a token by torch, beside its products, norms and attention.
+
+    That is its rotation, the scale of the scores and a sum; then a gate, or a router, and a sum.
+    """
+    known = Counter(mul=5, neg=2, add=3)
+    if isinstance(parts.block, Gated):
+        known += Counter(mul=1, add=1, silu=1)
+    elif isinstance(parts.block, Mixture):
+        known += Counter(linear=1, softmax=1, topk=1, add=1)
+        known += Counter(sum=1, div=1) if parts.block.normed else Counter()
+    return known
 
 
 def replaced_by(slots: list[Slot], parts: Parts) -> list[nn.Module]:

@@ -1,7 +1,7 @@
 """Keys and values that grow where they are, a token at a time.
 
-For each token a `DynamicCache` of `transformers` copies all keys and values that a layer has. That
-takes as long as the layer's weights behind a long text. Here they are moved to memory with room
+For each token a `DynamicCache` of `transformers` copies all keys and values that a layer has, which
+behind a long text adds much to a step. Here they are moved to memory with room
 behind them, where the next tokens are written. The cache has views of it, tensors as before; what
 was in view once is never written to again.
 """

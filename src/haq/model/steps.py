@@ -22,6 +22,7 @@ from haq.model.anatomy import (
     attention_of,
     block_of,
     may_be_layer,
+    operations_of,
     parts_of,
     replaced_by,
     slots_of,
@@ -167,7 +168,8 @@ class _FastLayer(Swapped):
         def fast(x: Tensor, cos: Tensor, sin: Tensor, cache: Cache) -> Tensor | None:
             return _by_kernels(self, step, x, cos, sin, cache)
 
-        return step if agree(own, fast, token.x, token.cos) else None
+        known = operations_of(parts)
+        return step if agree(own, fast, token.x, token.cos, known) else None
 
 
 def _one_token(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Token | None:

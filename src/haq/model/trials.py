@@ -30,18 +30,22 @@ _MOST_OTHERS = 0.05
 # Of what a layer adds to a token, relative: that far off all trials may be.
 _FARTHEST = 0.05
 
-# What a layer may do with a token more often than its kernels do in torch: the rotation, the scale
-# of the scores, two sums, the gate; its router. And what computes nothing.
-_OPERATIONS = Counter(mul=6, add=4, neg=2, silu=1)
-_OPERATIONS += Counter("linear addmm mm matmul softmax _softmax topk sum div div_".split())
+# What computes nothing, and names that one operation has in several modes of torch.
 _NO_COMPUTATION = set(
     "_local_scalar_dense _reshape_alias _to_copy _unsafe_view alias as_strided cat clone copy_ "
     "detach empty empty_like empty_strided expand item lift_fresh narrow new_empty permute reshape "
     "resolve_conj resolve_neg select slice split squeeze t to transpose unsqueeze view".split()
 )
+_SAME = {
+    "_softmax": "softmax",
+    "addmm": "linear",
+    "div_": "div",
+    "matmul": "linear",
+    "mm": "linear",
+}
 
 
-def agree(own: Way, fast: Way, x: Tensor, rotation: Tensor) -> bool:
+def agree(own: Way, fast: Way, x: Tensor, rotation: Tensor, known: Counter[str]) -> bool:
     """Whether two ways give a few random tokens the same, and the first does nothing unknown.
 
     Args:
@@ -49,6 +53,7 @@ def agree(own: Way, fast: Way, x: Tensor, rotation: Tensor) -> bool:
         fast: by kernels; a None stands for a way that cannot be gone.
         x: a token, for its shape and dtype.
         rotation: cos, for its shape and dtype.
+        known: how often the first may do which of torch's operations more than the second does.
     """
     generator = torch.Generator().manual_seed(0)
     caches = DynamicCache(), DynamicCache()
@@ -70,7 +75,7 @@ def agree(own: Way, fast: Way, x: Tensor, rotation: Tensor) -> bool:
             return False
         off += int((expected != found).float().mean() > _MOST_OTHERS)
     # Of the last trial: in the first one modules may do what they do once.
-    return off <= _OFF and not (of_own.counts - of_fast.counts) - _OPERATIONS
+    return off <= _OFF and not (of_own.counts - of_fast.counts) - known
 
 
 class _Operations(TorchDispatchMode):
@@ -83,5 +88,5 @@ class _Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         if name not in _NO_COMPUTATION:
-            self.counts[name] += 1
+            self.counts[_SAME.get(name, name)] += 1
         return func(*args, **(kwargs or {}))

@@ -57,6 +57,11 @@ class ChosenExperts:
         self.steps = [self._products[0], gate, self._products[1], self._sum]
         self._chain = Chain(self.steps)
 
+    def serves(self, pair: tuple[Int8Linear, Int8Linear]) -> bool:
+        """Whether the kernels know such an expert: a layer may be laid out anew at any time."""
+        compiled = all(isinstance(layer._packed, weight.LlvmWeight) for layer in pair)
+        return compiled and kind_of(pair, *self.kind[:2]) == self.kind
+
     def tell(self, pairs: Sequence[tuple[Int8Linear, Int8Linear]]) -> list[Any]:
         """Let the steps multiply with these experts, as long as what this gives is held."""
         held = []

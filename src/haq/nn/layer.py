@@ -149,10 +149,20 @@ class LayerStep:
         self._last_sum.tell(out=result.data_ptr())
         self._after.run()
         if isinstance(block, Mixture):
-            held = self._experts.tell([block.experts.expert(index) for index in self._index])
-            self._of_experts.run()
-            del held
+            self._add_experts(block, result)
         return [result]
+
+    def _add_experts(self, mixture: Mixture, result: Tensor) -> None:
+        """What the router chose, to the sum that is there."""
+        pairs = [mixture.experts.expert(index) for index in self._index]
+        if all(map(self._experts.serves, pairs)):
+            held = self._experts.tell(pairs)
+            self._of_experts.run()
+            del held  # It has lived until the kernels had read it.
+            return
+        index = torch.tensor([self._index.tolist()])
+        added = mixture.experts(self._experts.tokens[:1], index, self._gates)
+        torch.add(self._total, added, out=result)
 
     def _build(self) -> None:
         from haq.int8.llvm import attention, between
@@ -160,7 +170,9 @@ class LayerStep:
 
         parts, dtype, size = self.parts, self.dtype, self.parts.size
         self._room = self._take(max(weight.room([group_of(layer)]) for layer in parts.linears))
-        normed, query, key, value, turned, attended, product, total = (
+        self._total = torch.empty(1, 1, self.channels, dtype=dtype)
+        total = self._total.data_ptr()
+        normed, query, key, value, turned, attended, product = (
             self._take(count * width)
             for count, width in (
                 (self.channels, 2),
@@ -169,7 +181,6 @@ class LayerStep:
                 (self.groups * self.width, 2),
                 (self.heads * size, 4),
                 (self.heads * self.width, 2),
-                (self.channels, 2),
                 (self.channels, 2),
             )
         )
@@ -231,10 +242,11 @@ class LayerStep:
         number, slots, channels = mixture.experts.num_experts, mixture.slots, self.channels
         self._experts = ChosenExperts(mixture.experts.expert(0), slots, self.dtype)
         self._index = array("q", [0] * slots)
-        logits, scores = self._take(4 * number), self._take(4 * slots)
-        self._experts.steps[-1].tell(b=scores, out=out)
+        self._gates = torch.empty(1, slots)
+        logits, gates = self._take(4 * number), self._gates.data_ptr()
+        self._experts.steps[-1].tell(b=gates, out=out)
         weight = mixture.router.get_parameter("weight").data_ptr()
-        places = logits, token, scores, self._index.buffer_info()[0]
+        places = logits, token, gates, self._index.buffer_info()[0]
         return [
             router.logits_step(self.dtype, token, weight, logits, number, channels),
             router.choice_step(

@@ -54,7 +54,7 @@ class Parts:
     rotary embeddings of halves.
 
     Attributes:
-        norms: the one before the attention and the one before the gated block.
+        norms: the one before the attention and the one before the block.
         query: ``[H D, K]``.
         key: ``[G D, K]``.
         value: ``[G V, K]``.
@@ -84,10 +84,6 @@ class Parts:
     @property
     def all_norms(self) -> list[nn.Module]:
         return [*self.norms, *self.head_norms]
-
-    @property
-    def modules(self) -> list[nn.Module]:
-        return [*self.linears, *self.all_norms]
 
     @property
     def inner(self) -> int:

@@ -68,13 +68,32 @@ def sum_step(dtype: torch.dtype, a: int, b: int, out: int, width: int) -> Step:
 def gate_step(
     dtype: torch.dtype, a: int, b: int, out: int, rows: int, width: int, between: int
 ) -> Step:
-    """``out = silu(a) * b`` of ``rows`` rows."""
+    """``out = silu(a) * b``.
+
+    Args:
+        dtype: of all three.
+        a: an address, as the next two; ``[R, I]``, with gaps between rows.
+        b: likewise.
+        out: ``[R, I]``, without gaps.
+        rows: R.
+        width: I.
+        between: elements from where a row of ``a`` and ``b`` begins to where the next one does.
+    """
     told = [a, b, out, rows, width, between]
     return Step(compiler.kernel_of(_gate, (dtype,)), _GATE, told)
 
 
 def weighted_step(dtype: torch.dtype, a: int, b: int, out: int, rows: int, width: int) -> Step:
-    """``out = sum over rows r of a[r] * b[r]`` in float32, in the order of the rows, cast."""
+    """``out = sum over rows r of a[r] * b[r]`` in float32, in the order of the rows, cast.
+
+    Args:
+        dtype: of the result.
+        a: an address, as the next two; float32 ``[A, D]``.
+        b: float32 ``[A]``.
+        out: ``[D]``.
+        rows: A.
+        width: D.
+    """
     return Step(compiler.kernel_of(_weighted, (dtype,)), _WEIGHTED, [a, b, out, rows, width])
 
 

@@ -48,7 +48,16 @@ _CHOICE = (
 def logits_step(
     dtype: torch.dtype, token: int, weight: int, out: int, experts: int, width: int
 ) -> Step:
-    """``out = token @ weight.T``, rounded to the dtype."""
+    """``out = token @ weight.T``, rounded to the dtype.
+
+    Args:
+        dtype: of token and weight.
+        token: an address, as the next two; ``[D]``.
+        weight: ``[E, D]``.
+        out: float32 ``[E]``.
+        experts: E.
+        width: D.
+    """
     told = [token, weight, out, experts, width]
     return Step(compiler.kernel_of(_logits, (dtype,)), _LOGITS, told)
 
