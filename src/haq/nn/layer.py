@@ -1,10 +1,10 @@
 """A decoder layer for one new token, in two calls: up to its keys and values, and what follows.
 
-A layer of `transformers` is forty operations. Beside weights that are read at the memory's speed
-each of them takes microseconds that add up, a quarter to half of a decoding step: Python, a look at
-each tensor, threads that wait to be woken. Here they are two chains of kernels whose memory is
-there already. Between them the cache, whatever kind it is, is given the keys and values. The
-experts that a token chose are a third one.
+A layer of `transformers` is dozens of operations. Beside weights that are read at the memory's
+speed each of them takes microseconds that add up (docs/performance.md): Python, a look at each
+tensor, threads that wait to be woken. Here they are two chains of kernels whose memory is there
+already. Between them the cache, whatever kind it is, is given the keys and values. The experts that
+a token chose are a third one.
 """
 
 import threading
