@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from haq.int8 import matmul
-from haq.int8.llvm import amx, compiler, halves, kernels, threads, weight
+from haq.int8.llvm import amx, compiler, fours, halves, kernels, threads, tiles, weight
 from haq.int8.llvm.dots import Dots, FoursOfBytes, PairsOfWords, best_of
 from haq.int8.llvm.kernels import Kind
 from haq.int8.llvm.weight import LlvmWeight, Rows, products
@@ -41,6 +41,8 @@ SHAPES = {  # T, K, N: few tokens, tiles with rest, several pieces of tokens and
     "whole matrices and rest": (151, 192, 131),
     "matrices in parts": (70, 4096 + 128, 85),
     "matrices for more tokens than one strip": (530, 64, 33),
+    "one register of tokens": (13, 128, 21),
+    "four registers of tokens": (61, 64, 40),
 }
 
 
@@ -217,8 +219,12 @@ def assembly(dots: Dots, processor: str) -> str:
     module = llvm.parse_assembly(str(kernels.module_of(Kind("bfloat16", "bfloat16"), dots)))
     module.verify()
     compiler.optimize(module, machine)
-    text: str = machine.emit_assembly(module)
-    return text
+    return str(machine.emit_assembly(module)).replace("\t", " ")
+
+
+def function(text: str, name: str) -> str:
+    """Its part of an assembly."""
+    return text.partition(f"\n{name}:")[2].partition(".Lfunc_end")[0]
 
 
 @pytest.mark.parametrize(
@@ -226,27 +232,42 @@ def assembly(dots: Dots, processor: str) -> str:
     [
         (PairsOfWords(256), "haswell", r"vpmaddwd .*%ymm"),
         (PairsOfWords(512), "skylake-avx512", r"vpmaddwd .*%zmm"),
-        (FoursOfBytes(512, registers=32), "znver4", r"vpdpbusd .*%zmm"),
-        (FoursOfBytes(512, registers=32), "icelake-server", r"vpdpbusd .*%zmm"),
-        (FoursOfBytes(256, registers=16), "alderlake", r"vpdpbusd .*%ymm"),
     ],
 )
 def test_the_instruction_is_the_processors(dots: Dots, processor: str, instruction: str) -> None:
-    text = assembly(dots, processor).replace("\t", " ")
-    height, width = kernels.tile_of(dots)
-    body = text.partition(f"\ntile_{height}_{width}:")[2].partition(".Lfunc_end")[0]
-    found = re.findall(instruction, body)
-    assert len(found) == height * width  # Once for each sum of a tile.
+    tile = tiles.wide(dots)[-1]
+    found = re.findall(instruction, function(assembly(dots, processor), tile.name))
+    assert len(found) == tile.rows * tile.tokens  # Once for each sum of a tile.
+
+
+@pytest.mark.parametrize(
+    ("dots", "processor", "register"),
+    [
+        (FoursOfBytes(512, registers=32), "znver4", "zmm"),
+        (FoursOfBytes(512, registers=32), "icelake-server", "zmm"),
+        (FoursOfBytes(256, registers=16), "alderlake", "ymm"),
+    ],
+)
+@pytest.mark.parametrize("wide", [1, 2, 3])
+def test_sums_of_fours_stay_in_registers(
+    dots: Dots, processor: str, register: str, wide: int
+) -> None:
+    text = function(assembly(dots, processor), f"fours_{wide}")
+    found = re.findall(rf"vpdpbusd .*%{register}", text)
+    assert len(found) % (fours.rows_of(dots) * wide) == 0 < len(found)
+    # What is written in between would be a sum that found no register.
+    loop = text[text.index("vpdpbusd") : text.rindex("vpdpbusd")]
+    assert not re.findall(rf"vmov\w+ %{register}\d+, .*\(", loop)
 
 
 def test_products_of_matrices_are_the_processors() -> None:
     dots = FoursOfBytes(512, registers=32, matrices=True)
-    text = assembly(dots, "sapphirerapids").replace("\t", " ")
+    text = assembly(dots, "sapphirerapids")
     for tall, wide in ((2, 2), (2, 1), (1, 2), (1, 1)):
-        body = text.partition(f"\npiece_{tall}_{wide}:")[2].partition(".Lfunc_end")[0]
+        body = function(text, f"piece_{tall}_{wide}")
         assert len(re.findall("tdpbsud", body)) == tall * wide
         assert len(re.findall("tileloadd", body)) == tall + wide + tall * wide  # And of sums.
-    body = text.partition("\nrun:")[2].partition(".Lfunc_end")[0]
+    body = function(text, "run")
     assert re.findall("ldtilecfg|tilerelease", body) == ["ldtilecfg", "tilerelease"]
 
 

@@ -4,18 +4,17 @@ Threads take pieces of the work as they finish others, so that a slower one take
 for each other twice, after the rounding and at the end: one that does not run at all holds all up.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from llvmlite import ir
 
-from haq.int8.llvm import amx, floats, matrices, rounding, threads, tiles
+from haq.int8.llvm import amx, floats, fours, layout, matrices, rounding, threads, tiles
 from haq.int8.llvm.calls import CALL, GROUP, Told
 from haq.int8.llvm.dots import Dots
 from haq.int8.llvm.endings import Ending
 from haq.int8.llvm.rounding import Rounding
-from haq.int8.llvm.tiles import Tile
-from haq.int8.llvm.words import FLOAT, I64, POINTER, Code, Type, Value, number
+from haq.int8.llvm.words import FLOAT, I8, I64, POINTER, Code, Type, Value, number
 
 
 @dataclass(frozen=True)
@@ -43,18 +42,11 @@ def module_of(kind: Kind, dots: Dots) -> ir.Module:
     rounds = Rounding(kind.source, kind.scaled, kind.asymmetric)
     round_token = rounding.define(module, rounds, dots, lanes=dots.sums)
     ending = Ending(kind.target, kind.scaled, kind.asymmetric, kind.biased)
-    sizes = [*_narrow(dots), *_wide(dots)]
-    pieces = {(tile.rows, tile.tokens): tiles.define(module, tile, ending, dots) for tile in sizes}
-    squares = matrices.define(module, ending, dots) if dots.matrices else None
-    item = _define_item(module, pieces, squares, few_of(dots))
-    layout = matrices.define_layout(module) if dots.matrices else None
-    _define_run(module, round_token, layout, item, dots, floats.STORED[kind.source])
+    by_row = tiles.define(module, "by_row", tiles.narrow(dots), ending, dots)
+    item = _define_item(module, by_row, _define_many(module, ending, dots), few_of(dots))
+    lay_out = layout.define(module, dots) if dots.unsigned else None
+    _define_run(module, round_token, lay_out, item, dots, floats.STORED[kind.source])
     return module
-
-
-def tile_of(dots: Dots) -> tuple[int, int]:
-    """Rows and tokens of the tile for many tokens: its sums fill the registers."""
-    return tiles.ROWS_AT_ONCE, 6 if dots.registers == 32 else 2
 
 
 def few_of(dots: Dots) -> int:
@@ -62,77 +54,52 @@ def few_of(dots: Dots) -> int:
 
     Where matrices are multiplied, 16 tokens take as long as two: only one waits.
     """
-    return 1 if dots.matrices else 4
+    return 1 if dots.matrices else tiles.TOKENS_AT_ONCE
 
 
-def _narrow(dots: Dots) -> list[Tile]:
-    """For rows one by one: the fewer tokens, the more of a row at once."""
-    most = max(few_of(dots), tile_of(dots)[1])
-    sums = dots.registers // 4
-    return [Tile(1, tokens, max(1, sums // tokens)) for tokens in range(1, most + 1)]
+class _Many(NamedTuple):
+    """How many tokens are multiplied.
+
+    Attributes:
+        function: ``(call, group, row, last row, token, last token)``, for a rectangle.
+        rows: of the weight, that it wants a multiple of.
+        columns: the same, a power of 2.
+    """
+
+    function: Value
+    rows: int
+    columns: int
 
 
-def _wide(dots: Dots) -> list[Tile]:
-    rows, most = tile_of(dots)
-    return [Tile(rows, tokens) for tokens in range(1, most + 1)]
+def _define_many(module: ir.Module, ending: Ending, dots: Dots) -> _Many:
+    if dots.matrices:
+        return _Many(matrices.define(module, ending, dots), amx.SIDE, amx.DEPTH)
+    if dots.unsigned:
+        return _Many(fours.define(module, ending, dots), fours.rows_of(dots), fours.DEPTH)
+    wide = tiles.define(module, "wide", tiles.wide(dots), ending, dots)
+    return _Many(wide, tiles.ROWS_AT_ONCE, 1)
 
 
-def _define_item(
-    module: ir.Module,
-    pieces: Mapping[tuple[int, int], Value],
-    squares: Value | None,
-    few_tokens: int,
-) -> Value:
+def _define_item(module: ir.Module, by_row: Value, many: _Many, few: int) -> Value:
     """The function ``item(call, group, row, last row, token, last token)``: any rectangle."""
     code = Code(module, "item", [POINTER, POINTER, *[I64] * 4])
     call, group, row, last_row, token, last = code.parameters
-    height, width = max(pieces)
     told = Told(code, group, GROUP)
-    few = code.icmp_signed("<=", code.sub(told["last"], told["first"]), number(few_tokens))
-    if squares:
-        rest = code.and_(Told(code, call, CALL)["width"], number(amx.DEPTH - 1))
-        fits = code.and_(code.not_(few), code.icmp_signed("==", rest, number(0)))
-        row = code.select(fits, _whole(code, row, last_row, amx.SIDE), row)
-        code.call(squares, [call, group, code.parameters[2], row, token, last])
-    rows = code.select(few, row, _whole(code, row, last_row, height))
-    tokens = code.select(few, token, _whole(code, token, last, width))
-    left = code.sub(last, tokens)
-    for tall, *sides in ((height, row, rows), (1, rows, last_row)):
-        code.call(pieces[tall, width], [call, group, *sides, token, tokens])
-        _call_one(code, pieces, tall, left, [call, group, *sides, tokens, last])
+    enough = code.icmp_signed(">", code.sub(told["last"], told["first"]), number(few))
+    beyond = code.and_(Told(code, call, CALL)["width"], number(many.columns - 1))
+    fits = code.and_(enough, code.icmp_signed("==", beyond, number(0)))
+    beyond = code.srem(code.sub(last_row, row), number(many.rows))
+    rest = code.select(fits, code.sub(last_row, beyond), row)
+    code.call(many.function, [call, group, row, rest, token, last])
+    code.call(by_row, [call, group, rest, last_row, token, last])
     code.ret_void()
     return code.function
-
-
-def _whole(code: Code, start: Value, stop: Value, step: int) -> Value:
-    """Where whole steps from ``start`` on end."""
-    return code.sub(stop, code.srem(code.sub(stop, start), number(step)))
-
-
-def _call_one(
-    code: Code,
-    pieces: Mapping[tuple[int, int], Value],
-    height: int,
-    tokens: Value,
-    arguments: list[Value],
-) -> None:
-    """Call the tile for so many tokens, if there are any."""
-    end = code.function.append_basic_block()
-    switch = code.switch(tokens, end)
-    for (rows, width), tile in pieces.items():
-        if rows == height:
-            block = code.function.append_basic_block()
-            switch.add_case(number(width), block)
-            code.position_at_end(block)
-            code.call(tile, arguments)
-            code.branch(end)
-    code.position_at_end(end)
 
 
 def _define_run(
     module: ir.Module,
     round_token: Value,
-    layout: Value | None,
+    lay_out: Value | None,
     item: Value,
     dots: Dots,
     source: Type,
@@ -140,7 +107,9 @@ def _define_run(
     code = Code(module, "run", [POINTER], internal=False)
     (base,) = code.parameters
     call = Told(code, base, CALL)
-    _round_all(code, call, round_token, layout, dots, source)
+    _round_all(code, call, round_token, dots, source)
+    if lay_out:
+        _lay_out_all(code, call, lay_out, dots)
     if dots.matrices:
         amx.configure(code, dots)
     threads.wait_for_all(code)
@@ -155,30 +124,33 @@ def _define_run(
     code.ret_void()
 
 
-def _round_all(
-    code: Code, call: Told, round_token: Value, layout: Value | None, dots: Dots, source: Type
-) -> None:
-    """Every thread rounds some tokens, one at a time or all those of a block."""
-    width, stride, count = call["width"], call["stride"], call["count"]
+def _round_all(code: Code, call: Told, round_token: Value, dots: Dots, source: Type) -> None:
+    """Every thread rounds some tokens."""
     first, step = threads.number_and_count(code)
     tokens, integers, scales, shifts = (
         call[name] for name in ("tokens", "integers", "scales", "shifts")
     )
-    many = code.icmp_signed(">", call["block"], number(few_of(dots)))
-    size = code.select(many, number(amx.SIDE if layout else 1), number(1))
-    with code.loop(code.mul(first, size), count, code.mul(step, size)) as start:
-        with code.loop(start, code.smaller(count, code.add(start, size))) as token:
-            values = code.address(tokens, code.mul(token, width), source)
-            places = code.address(integers, code.mul(token, stride), dots.token)
-            of_token = [code.address(part, token, FLOAT) for part in (scales, shifts)]
-            code.call(round_token, [values, width, places, *of_token])
-        if layout:
-            with code.if_then(many):
-                place = code.mul(start, stride)
-                rows, blocks = (
-                    code.address(base, place, dots.token) for base in (integers, call["blocks"])
-                )
-                code.call(layout, [rows, stride, blocks])
+    with code.loop(first, call["count"], step) as token:
+        values = code.address(tokens, code.mul(token, call["width"]), source)
+        places = code.address(integers, code.mul(token, call["stride"]), dots.token)
+        of_token = [code.address(part, token, FLOAT) for part in (scales, shifts)]
+        code.call(round_token, [values, call["width"], places, *of_token])
+
+
+def _lay_out_all(code: Code, call: Told, lay_out: Value, dots: Dots) -> None:
+    """Every thread lays out some columns of all tokens, if there are many."""
+    with code.if_then(code.icmp_signed(">", call["block"], number(few_of(dots)))):
+        threads.wait_for_all(code)
+        thread, count = threads.number_and_count(code)
+        lines = code.sdiv(call["stride"], number(dots.lanes))
+        start, stop = (
+            code.mul(code.sdiv(code.mul(lines, each), count), number(dots.lanes))
+            for each in (thread, code.add(thread, number(1)))
+        )
+        with code.loop(number(0), call["count"], dots.sums) as token:
+            place = code.mul(token, call["stride"])
+            rows, blocks = (code.address(call[of], place, I8) for of in ("integers", "blocks"))
+            code.call(lay_out, [rows, call["stride"], blocks, start, stop])
 
 
 def _work_on(

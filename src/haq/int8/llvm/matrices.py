@@ -11,12 +11,12 @@ from collections.abc import Mapping
 
 from llvmlite import ir
 
-from haq.int8.llvm import threads
+from haq.int8.llvm import layout, threads
 from haq.int8.llvm.amx import DEPTH, SIDE, registers
 from haq.int8.llvm.calls import CALL, GROUP, Told
 from haq.int8.llvm.dots import Dots
 from haq.int8.llvm.endings import Ending, Finish
-from haq.int8.llvm.words import I8, I32, I64, POINTER, Code, Value, constants, number, vector
+from haq.int8.llvm.words import I8, I32, I64, POINTER, Code, Value, number, vector
 
 AT_ONCE = 2
 """Registers of rows that are multiplied with as many of tokens; their sums fill half of all."""
@@ -42,21 +42,6 @@ def room(rows: int, width: int) -> int:
     if width <= _PART:
         return rows * width
     return rows * _PART + rows // SIDE * _MOST_BLOCKS * _BLOCK
-
-
-def define_layout(module: ir.Module) -> Value:
-    """The function ``lay_out(integers, stride, blocks)``: `SIDE` tokens, from rows to blocks."""
-    code = Code(module, "lay_out", [POINTER, I64, POINTER])
-    integers, stride, blocks = code.parameters
-    fours = vector(I32, SIDE)
-    with code.loop(number(0), stride, DEPTH) as start:
-        places = [code.add(start, code.mul(stride, number(token))) for token in range(SIDE)]
-        rows = [code.load(code.address(integers, p, I8), typ=fours, align=DEPTH) for p in places]
-        block = code.address(blocks, code.mul(start, number(SIDE)), I8)
-        for index, row in enumerate(_transposed(code, rows)):
-            code.store(row, code.address(block, number(index), fours))
-    code.ret_void()
-    return code.function
 
 
 def define(module: ir.Module, ending: Ending, dots: Dots) -> Value:
@@ -214,7 +199,7 @@ class _Square:
         for (r, t), register in self.sums.items():
             self._matrices.store(register, place)
             rows = [code.value(code.address(place, number(i), totals), totals) for i in range(SIDE)]
-            for index, of_token in enumerate(_transposed(code, rows)):
+            for index, of_token in enumerate(layout.transposed(code, rows)):
                 code.store(of_token, code.address(place, number(index), totals))
             first_row, first = (code.add(a, number(SIDE * i)) for a, i in ((row, r), (block, t)))
             start = code.select(code.icmp_signed("<", first, token), token, first)
@@ -222,22 +207,3 @@ class _Square:
             with code.loop(start, stop) as there:
                 of_token = code.address(place, code.sub(there, first), totals)
                 finish.write(code.value(of_token, totals), first_row, there)
-
-
-def _transposed(code: Code, rows: list[Value]) -> list[Value]:
-    """Columns of a square: halves change places, then halves of these, and so on."""
-    rows, lanes = list(rows), range(len(rows))
-    distance = 1
-    while distance < len(rows):
-        for a in lanes:
-            b = a + distance
-            if a & distance:
-                continue
-            upper = [j - distance + len(rows) if j & distance else j for j in lanes]
-            lower = [j + len(rows) if j & distance else j + distance for j in lanes]
-            rows[a], rows[b] = (
-                code.shuffle_vector(rows[a], rows[b], constants(I32, order))
-                for order in (upper, lower)
-            )
-        distance *= 2
-    return rows

@@ -1,4 +1,4 @@
-"""Some rows of a weight times some tokens: the innermost loop of every product."""
+"""Some rows of a weight times some tokens, each pair of them with registers of its own."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +25,9 @@ from haq.int8.llvm.words import (
 ROWS_AT_ONCE = 4
 """Rows of a tile whose sums are brought side by side in a few instructions."""
 
+TOKENS_AT_ONCE = 4
+"""Tokens that are multiplied with rows that are read one by one."""
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -46,12 +49,49 @@ class Tile:
         return f"tile_{self.rows}_{self.tokens}"
 
 
-def define(module: object, tile: Tile, ending: Ending, dots: Dots) -> Value:
-    """The function ``tile(call, group, row, last row, token, last token)``.
+def narrow(dots: Dots) -> list[Tile]:
+    """For rows one by one: the fewer tokens, the more of a row at once."""
+    sums, tokens = dots.registers // 4, range(1, TOKENS_AT_ONCE + 1)
+    return [Tile(1, number, max(1, sums // number)) for number in tokens]
 
-    It multiplies the weight's rows from ``row`` to before the last with the tokens from ``token``
-    to before the last: whole tiles.
+
+def wide(dots: Dots) -> list[Tile]:
+    """For many tokens: the sums of the last one fill the registers."""
+    most = 6 if dots.registers == 32 else 2
+    return [Tile(ROWS_AT_ONCE, tokens) for tokens in range(1, most + 1)]
+
+
+def define(module: object, name: str, tiles: Sequence[Tile], ending: Ending, dots: Dots) -> Value:
+    """The function ``name(call, group, row, last row, token, last token)``: a rectangle.
+
+    Args:
+        module: to write it to.
+        name: of the function.
+        tiles: of one height, which the rows are a multiple of; of one token, two, and so on.
+        ending: what becomes of the sums.
+        dots: what they are sums of.
     """
+    pieces = {tile.tokens: _define_tile(module, tile, ending, dots) for tile in tiles}
+    code, most = Code(module, name, [POINTER, POINTER, *[I64] * 4]), max(pieces)
+    *rows, token, last = code.parameters
+    left = code.srem(code.sub(last, token), number(most))
+    end = code.sub(last, left)
+    code.call(pieces[most], [*rows, token, end])
+    done = code.function.append_basic_block()
+    switch = code.switch(left, done)
+    for tokens, piece in pieces.items():
+        block = code.function.append_basic_block()
+        switch.add_case(number(tokens), block)
+        code.position_at_end(block)
+        code.call(piece, [*rows, end, last])
+        code.branch(done)
+    code.position_at_end(done)
+    code.ret_void()
+    return code.function
+
+
+def _define_tile(module: object, tile: Tile, ending: Ending, dots: Dots) -> Value:
+    """The function ``tile(call, group, row, last row, token, last token)``: whole tiles."""
     code = Code(module, tile.name, [POINTER, POINTER, *[I64] * 4])
     _Product(code, tile, ending, dots).write()
     code.ret_void()

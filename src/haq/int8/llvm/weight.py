@@ -248,16 +248,17 @@ def _layout(
 
     Then the pieces that the work is done in, and how many bytes all of it takes.
     """
-    from haq.int8.llvm import amx, compiler, kernels, matrices
+    from haq.int8.llvm import compiler, kernels, matrices
 
     dots = compiler.dots_here()
     few = most <= kernels.few_of(dots)
     # The integers take two bytes each at most, or one twice, then of whole blocks of tokens. Scale
-    # and shift follow them, four bytes each.
-    stride = -(-width // _LINE) * _LINE
-    integers = (count if few else -(-count // amx.SIDE) * amx.SIDE) * stride
-    pieces = _pieces(few, rows, stride, threads)
-    strip = matrices.room(pieces[0], stride) if dots.matrices and not few else 0
+    # and shift follow them, four bytes each. With an odd number of lines, tokens do not push each
+    # other out of the cache.
+    stride = (-(-width // _LINE) | 1) * _LINE
+    integers = (count if few else _up(count, dots.sums)) * stride
+    pieces = _pieces(few, rows, width, threads)
+    strip = matrices.room(pieces[0], width) if dots.matrices and not few else 0
     return stride, integers, strip, pieces, 2 * integers + threads * strip + 8 * count
 
 
@@ -283,19 +284,24 @@ def name_of(dtype: torch.dtype) -> str:
 @functools.cache
 def _pieces(few: bool, rows: int, width: int, threads: int) -> tuple[int, int]:
     """Rows of a weight, and tokens, that a thread multiplies before it asks for more."""
-    from haq.int8.llvm import compiler, kernels, matrices
+    from haq.int8.llvm import compiler, fours, kernels, matrices, tiles
 
     fair = -(-rows // (_CHUNKS_PER_THREAD * threads))
     dots = compiler.dots_here()
     if few:
         return max(1, min(_CHUNK_BYTES // width, fair)), kernels.few_of(dots)
     if dots.matrices:
-        step = matrices.STEP
-        return -(-min(_CHUNK_OF_MATRICES, fair) // step) * step, matrices.MOST_TOKENS
-    rows_of_tile, tokens_of_tile = kernels.tile_of(dots)
-    chunk = -(-min(_CHUNK_ROWS[dots.registers], fair) // rows_of_tile) * rows_of_tile
-    block = _BLOCK[dots.registers] // width // tokens_of_tile
-    return chunk, max(1, block) * tokens_of_tile
+        return _up(min(_CHUNK_OF_MATRICES, fair), matrices.STEP), matrices.MOST_TOKENS
+    if dots.unsigned:
+        return _up(min(fours.CHUNK, fair), fours.rows_of(dots)), fours.BLOCK
+    tile = tiles.wide(dots)[-1]
+    block = _BLOCK[dots.registers] // width // tile.tokens
+    return _up(min(_CHUNK_ROWS[dots.registers], fair), tile.rows), max(1, block) * tile.tokens
+
+
+def _up(number: int, step: int) -> int:
+    """To a multiple of ``step``."""
+    return -(-number // step) * step
 
 
 def _address(tensor: Tensor | None) -> int:
