@@ -602,13 +602,12 @@ def test_latency_on_real_routing(mixtral: RoutingStatistics, budget: int, costs:
 
 @pytest.fixture(scope="module")
 def trained(shared: Path) -> RoutingStatistics:
-    """How a trained Mixtral of four layers routes some of this project's source."""
-    folder = shared / "models" / "tiny-mixtral"
+    """How a trained Mixtral of four layers routes stories, the kind of text it learned from."""
+    folder, text = shared / "models" / "tiny-mixtral", shared / "data" / "text"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    source = Path(haq.__file__).parent
-    text = [path.read_text() for path in sorted(source.rglob("*.py"))]
-    batches = haq.calibration_batches(tokenizer, text, num_samples=16, sequence_length=128)
+    stories = [str(story) for story in json.loads((text / "tinystories.json").read_text())]
+    batches = haq.calibration_batches(tokenizer, stories, num_samples=64, sequence_length=128)
     return RoutingStatistics.collect(model, batches)
 
 
