@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from haq.int8 import matmul
-from haq.int8.llvm import amx, compiler, fours, halves, kernels, threads, tiles, weight
+from haq.int8.llvm import abreast, amx, compiler, halves, kernels, threads, tiles, weight
 from haq.int8.llvm.dots import Dots, FoursOfBytes, PairsOfWords, best_of
 from haq.int8.llvm.kernels import Kind
 from haq.int8.llvm.weight import LlvmWeight, Rows, products
@@ -43,6 +43,7 @@ SHAPES = {  # T, K, N: few tokens, tiles with rest, several pieces of tokens and
     "matrices for more tokens than one strip": (530, 64, 33),
     "one register of tokens": (13, 128, 21),
     "four registers of tokens": (61, 64, 40),
+    "in parts, and rest": (101, 2048 + 64, 27),
 }
 
 
@@ -117,7 +118,7 @@ def test_the_proof_of_every_backend_passes(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.usefixtures("way")
-@pytest.mark.parametrize(("width", "counts"), [(70, [3, 0, 9, 1]), (128, [5, 2, 0, 40, 17])])
+@pytest.mark.parametrize(("width", "counts"), [(70, [3, 0, 9, 1]), (128, [5, 2, 0, 40, 17, 61])])
 def test_several_weights_in_one_call(
     width: int, counts: list[int], generator: torch.Generator
 ) -> None:
@@ -241,23 +242,26 @@ def test_the_instruction_is_the_processors(dots: Dots, processor: str, instructi
 
 
 @pytest.mark.parametrize(
-    ("dots", "processor", "register"),
+    ("dots", "processor", "name", "instruction"),
     [
-        (FoursOfBytes(512, registers=32), "znver4", "zmm"),
-        (FoursOfBytes(512, registers=32), "icelake-server", "zmm"),
-        (FoursOfBytes(256, registers=16), "alderlake", "ymm"),
+        (FoursOfBytes(512, registers=32), "znver4", "fours", "vpdpbusd .*%zmm"),
+        (FoursOfBytes(512, registers=32), "icelake-server", "fours", "vpdpbusd .*%zmm"),
+        (FoursOfBytes(256, registers=16), "alderlake", "fours", "vpdpbusd .*%ymm"),
+        (PairsOfWords(256), "znver3", "pairs", "vpmaddwd .*%ymm"),
+        (PairsOfWords(256), "haswell", "pairs", "vpmaddwd .*%ymm"),
+        (PairsOfWords(512), "skylake-avx512", "pairs", "vpmaddwd .*%zmm"),
     ],
 )
 @pytest.mark.parametrize("wide", [1, 2, 3])
-def test_sums_of_fours_stay_in_registers(
-    dots: Dots, processor: str, register: str, wide: int
+def test_sums_of_tokens_abreast_stay_in_registers(
+    dots: Dots, processor: str, name: str, instruction: str, wide: int
 ) -> None:
-    text = function(assembly(dots, processor), f"fours_{wide}")
-    found = re.findall(rf"vpdpbusd .*%{register}", text)
-    assert len(found) % (fours.rows_of(dots) * wide) == 0 < len(found)
+    text = function(assembly(dots, processor), f"{name}_{wide}")
+    found = list(re.finditer(instruction, text))
+    assert len(found) % (abreast.rows_of(dots) * wide) == 0 < len(found)
     # What is written in between would be a sum that found no register.
-    loop = text[text.index("vpdpbusd") : text.rindex("vpdpbusd")]
-    assert not re.findall(rf"vmov\w+ %{register}\d+, .*\(", loop)
+    loop = text[found[0].start() : found[-1].start()]
+    assert not re.findall(r"vmov\w+ %[yz]mm\d+, .*\(", loop)
 
 
 def test_products_of_matrices_are_the_processors() -> None:

@@ -50,8 +50,11 @@ class Dots(Protocol):
     def of_token(self, code: Code, integers: Value) -> Value:
         """A token's integers as they are stored, from int32, one or a vector of them."""
 
+    def widened(self, code: Code, weight: Value) -> Value:
+        """A register of weights as they are multiplied: of the type of a token's integers."""
+
     def add(self, code: Code, sums: Value, weight: Value, token: Value) -> Value:
-        """``sums`` and the products of a register of weights with one of a token."""
+        """``sums`` and the products of a register of widened weights with one of a token."""
 
     def product(self, code: Code, weight: Value, token: Value) -> Value:
         """Of single integers, or each of a vector with its own: int32."""
@@ -86,10 +89,12 @@ class PairsOfWords:
     def of_token(self, code: Code, integers: Value) -> Value:
         return code.trunc(integers, vector(I16, lanes_of(integers.type)))
 
+    def widened(self, code: Code, weight: Value) -> Value:
+        return code.sext(weight, vector(I16, self.lanes))
+
     def add(self, code: Code, sums: Value, weight: Value, token: Value) -> Value:
         name = {256: "llvm.x86.avx2.pmadd.wd", 512: "llvm.x86.avx512.pmaddw.d.512"}[self.width]
-        wide = code.sext(weight, vector(I16, self.lanes))
-        return code.add(sums, code.intrinsic(name, sums.type, wide, token))
+        return code.add(sums, code.intrinsic(name, sums.type, weight, token))
 
     def product(self, code: Code, weight: Value, token: Value) -> Value:
         wide = vector(I32, lanes_of(weight.type))
@@ -126,6 +131,9 @@ class FoursOfBytes:
         lanes = lanes_of(integers.type)
         wide = vector(I32, lanes)
         return code.trunc(code.add(integers, number(ZERO_POINT, wide)), vector(I8, lanes))
+
+    def widened(self, code: Code, weight: Value) -> Value:
+        return weight
 
     def add(self, code: Code, sums: Value, weight: Value, token: Value) -> Value:
         if not self.instruction:

@@ -9,12 +9,23 @@ from typing import NamedTuple
 
 from llvmlite import ir
 
-from haq.int8.llvm import amx, floats, fours, layout, matrices, rounding, threads, tiles
+from haq.int8.llvm import (
+    abreast,
+    amx,
+    floats,
+    fours,
+    layout,
+    matrices,
+    pairs,
+    rounding,
+    threads,
+    tiles,
+)
 from haq.int8.llvm.calls import CALL, GROUP, Told
 from haq.int8.llvm.dots import Dots
 from haq.int8.llvm.endings import Ending
 from haq.int8.llvm.rounding import Rounding
-from haq.int8.llvm.words import FLOAT, I8, I64, POINTER, Code, Type, Value, number
+from haq.int8.llvm.words import FLOAT, I8, I64, POINTER, Code, Type, Value, bytes_of, number
 
 
 @dataclass(frozen=True)
@@ -44,7 +55,7 @@ def module_of(kind: Kind, dots: Dots) -> ir.Module:
     ending = Ending(kind.target, kind.scaled, kind.asymmetric, kind.biased)
     by_row = tiles.define(module, "by_row", tiles.narrow(dots), ending, dots)
     item = _define_item(module, by_row, _define_many(module, ending, dots), few_of(dots))
-    lay_out = layout.define(module, dots) if dots.unsigned else None
+    lay_out = layout.define(module, dots)
     _define_run(module, round_token, lay_out, item, dots, floats.STORED[kind.source])
     return module
 
@@ -75,9 +86,8 @@ def _define_many(module: ir.Module, ending: Ending, dots: Dots) -> _Many:
     if dots.matrices:
         return _Many(matrices.define(module, ending, dots), amx.SIDE, amx.DEPTH)
     if dots.unsigned:
-        return _Many(fours.define(module, ending, dots), fours.rows_of(dots), fours.DEPTH)
-    wide = tiles.define(module, "wide", tiles.wide(dots), ending, dots)
-    return _Many(wide, tiles.ROWS_AT_ONCE, 1)
+        return _Many(fours.define(module, ending, dots), abreast.rows_of(dots), abreast.DEPTH)
+    return _Many(pairs.define(module, ending, dots), tiles.ROWS_AT_ONCE, 1)
 
 
 def _define_item(module: ir.Module, by_row: Value, many: _Many, few: int) -> Value:
@@ -99,7 +109,7 @@ def _define_item(module: ir.Module, by_row: Value, many: _Many, few: int) -> Val
 def _define_run(
     module: ir.Module,
     round_token: Value,
-    lay_out: Value | None,
+    lay_out: Value,
     item: Value,
     dots: Dots,
     source: Type,
@@ -108,8 +118,7 @@ def _define_run(
     (base,) = code.parameters
     call = Told(code, base, CALL)
     _round_all(code, call, round_token, dots, source)
-    if lay_out:
-        _lay_out_all(code, call, lay_out, dots)
+    _lay_out_all(code, call, lay_out, dots)
     if dots.matrices:
         amx.configure(code, dots)
     threads.wait_for_all(code)
@@ -142,15 +151,17 @@ def _lay_out_all(code: Code, call: Told, lay_out: Value, dots: Dots) -> None:
     with code.if_then(code.icmp_signed(">", call["block"], number(few_of(dots)))):
         threads.wait_for_all(code)
         thread, count = threads.number_and_count(code)
-        lines = code.sdiv(call["stride"], number(dots.lanes))
+        register, size = layout.BYTES * dots.sums, bytes_of(dots.token)
+        stride = code.mul(call["stride"], number(size))
+        registers = code.sdiv(stride, number(register))
         start, stop = (
-            code.mul(code.sdiv(code.mul(lines, each), count), number(dots.lanes))
+            code.mul(code.sdiv(code.mul(registers, each), count), number(register))
             for each in (thread, code.add(thread, number(1)))
         )
         with code.loop(number(0), call["count"], dots.sums) as token:
-            place = code.mul(token, call["stride"])
+            place = code.mul(token, stride)
             rows, blocks = (code.address(call[of], place, I8) for of in ("integers", "blocks"))
-            code.call(lay_out, [rows, call["stride"], blocks, start, stop])
+            code.call(lay_out, [rows, stride, blocks, start, stop])
 
 
 def _work_on(

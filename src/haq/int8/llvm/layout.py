@@ -1,7 +1,7 @@
 """The integers of many tokens in blocks: four bytes of each of them lie side by side.
 
-A register then has four bytes of as many tokens as it has sums, and whoever multiplies them with
-four bytes of a weight has a sum for each token, in a place of its own from beginning to end.
+A register then has four bytes of as many tokens as it has sums. Multiplied with as many columns of
+a weight's row, each token has a sum in a place of its own, from beginning to end.
 """
 
 from collections.abc import Sequence
@@ -12,24 +12,21 @@ from haq.int8.llvm.dots import Dots
 from haq.int8.llvm.words import I8, I32, I64, POINTER, Code, Value, constants, number, vector
 
 BYTES = 4
-"""Of a token, that one instruction multiplies."""
+"""Of a token, that go into one sum of an instruction: four integers, or two of int16."""
 
 
 def define(module: ir.Module, dots: Dots) -> Value:
     """The function ``lay_out(integers, stride, blocks, start, stop)``.
 
-    It takes as many tokens as a register has sums, whose bytes are ``stride`` from each other, and
-    of their columns those from ``start`` to before ``stop``: all three multiples of the bytes of a
-    register.
+    It takes as many tokens as a register has sums, which are ``stride`` bytes from each other, and
+    of their bytes those from ``start`` to before ``stop``: all three multiples of a register's.
     """
     code = Code(module, "lay_out", [POINTER, I64, POINTER, I64, I64])
     integers, stride, blocks, first, last = code.parameters
-    fours = vector(I32, dots.sums)
-    with code.loop(first, last, dots.lanes) as start:
+    fours, register = vector(I32, dots.sums), BYTES * dots.sums
+    with code.loop(first, last, register) as start:
         places = [code.add(start, code.mul(stride, number(token))) for token in range(dots.sums)]
-        rows = [
-            code.load(code.address(integers, p, I8), typ=fours, align=dots.lanes) for p in places
-        ]
+        rows = [code.load(code.address(integers, p, I8), typ=fours, align=register) for p in places]
         block = code.address(blocks, code.mul(start, number(dots.sums)), I8)
         for index, row in enumerate(transposed(code, rows)):
             code.store(row, code.address(block, number(index), fours))

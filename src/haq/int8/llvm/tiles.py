@@ -153,7 +153,7 @@ class _Product:
     ) -> None:
         code, dots = self.code, self.dots
         kind = vector(I32, dots.sums)
-        rows = [code.read(each, index, I8, dots.lanes) for each in weights]
+        rows = [dots.widened(code, code.read(each, index, I8, dots.lanes)) for each in weights]
         for t, each in enumerate(inputs):
             token = code.read(each, index, dots.token, dots.lanes)
             for r, row in enumerate(rows):

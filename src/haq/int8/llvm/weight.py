@@ -17,10 +17,8 @@ TYPES = {torch.float32, torch.bfloat16, torch.float16}
 """What kernels read and write."""
 
 # With few tokens, bytes of a weight that a thread takes at a time, and how often it is to come
-# back at least: one that is slower then takes less. With many, rows of the weight, and numbers of
-# tokens that they are multiplied with meanwhile, by the registers of the processor: measured.
+# back at least: one that is slower then takes less. Where matrices are multiplied, rows.
 _CHUNK_BYTES, _CHUNKS_PER_THREAD = 2**18, 4
-_CHUNK_ROWS, _BLOCK = {16: 48, 32: 96}, {16: 2**17, 32: 2**21}
 _CHUNK_OF_MATRICES = 128
 
 # Integers of a token begin where a line of the cache does.
@@ -248,17 +246,15 @@ def _layout(
 
     Then the pieces that the work is done in, and how many bytes all of it takes.
     """
-    from haq.int8.llvm import compiler, kernels, matrices
+    from haq.int8.llvm import compiler, kernels
 
     dots = compiler.dots_here()
     few = most <= kernels.few_of(dots)
-    # The integers take two bytes each at most, or one twice, then of whole blocks of tokens. Scale
-    # and shift follow them, four bytes each. With an odd number of lines, tokens do not push each
-    # other out of the cache.
+    # With an odd number of lines, tokens do not push each other out of the cache.
     stride = (-(-width // _LINE) | 1) * _LINE
-    integers = (count if few else _up(count, dots.sums)) * stride
-    pieces = _pieces(few, rows, width, threads)
-    strip = matrices.room(pieces[0], width) if dots.matrices and not few else 0
+    integers = (count if few else _up(count, dots.sums)) * stride * dots.token.width // 8
+    pieces, strip = _pieces(few, rows, width, threads)
+    # Where tokens are many, the integers are there twice; scale and shift have four bytes each.
     return stride, integers, strip, pieces, 2 * integers + threads * strip + 8 * count
 
 
@@ -282,21 +278,25 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 @functools.cache
-def _pieces(few: bool, rows: int, width: int, threads: int) -> tuple[int, int]:
-    """Rows of a weight, and tokens, that a thread multiplies before it asks for more."""
-    from haq.int8.llvm import compiler, fours, kernels, matrices, tiles
+def _pieces(few: bool, rows: int, width: int, threads: int) -> tuple[tuple[int, int], int]:
+    """Rows of a weight, and tokens, that a thread multiplies before it asks for more.
+
+    Then the bytes that it needs for that.
+    """
+    from haq.int8.llvm import abreast, compiler, fours, kernels, matrices, pairs
 
     fair = -(-rows // (_CHUNKS_PER_THREAD * threads))
     dots = compiler.dots_here()
     if few:
-        return max(1, min(_CHUNK_BYTES // width, fair)), kernels.few_of(dots)
+        return (max(1, min(_CHUNK_BYTES // width, fair)), kernels.few_of(dots)), 0
     if dots.matrices:
-        return _up(min(_CHUNK_OF_MATRICES, fair), matrices.STEP), matrices.MOST_TOKENS
+        chunk = _up(min(_CHUNK_OF_MATRICES, fair), matrices.STEP)
+        return (chunk, matrices.MOST_TOKENS), matrices.room(chunk, width)
+    step = abreast.rows_of(dots)
     if dots.unsigned:
-        return _up(min(fours.CHUNK, fair), fours.rows_of(dots)), fours.BLOCK
-    tile = tiles.wide(dots)[-1]
-    block = _BLOCK[dots.registers] // width // tile.tokens
-    return _up(min(_CHUNK_ROWS[dots.registers], fair), tile.rows), max(1, block) * tile.tokens
+        return (_up(min(fours.CHUNK, fair), step), fours.BLOCK), 0
+    chunk = _up(min(pairs.CHUNK, fair), step)
+    return (chunk, pairs.BLOCK), pairs.room(dots, chunk)
 
 
 def _up(number: int, step: int) -> int:
