@@ -12,6 +12,7 @@ from haq.model.probe import shortened
 from haq.nn import Int8Experts, Int8Linear
 from haq.processes import ALONE, Processes
 from haq.quantization.experts import nearest_errors
+from haq.quantization.products import fast_products
 from haq.quantization.report import BlockReport
 from haq.quantization.work import BlockWork
 
@@ -21,6 +22,7 @@ from haq.quantization.work import BlockWork
 _CLOSE_TO_FLOAT = 1e-3
 
 
+@fast_products()
 def quantize_block(
     block: nn.Module,
     batches: Sequence[BlockBatch],

@@ -33,6 +33,7 @@ from haq.quantization.layers import (
     zero_point_pays,
 )
 from haq.quantization.notes import Notes, layer_report
+from haq.quantization.products import fast_products
 from haq.quantization.report import LayerReport
 from haq.quantization.scales import ChannelStatistics
 from haq.quantization.smoothing import choose_scale_of_layer
@@ -72,6 +73,7 @@ class QuantizedHead:
         return [*places, (model.get_submodule(owner)._modules, key, self.module)]
 
 
+@fast_products()
 def quantize_head(
     route: Route,
     batches: Sequence[BlockBatch],

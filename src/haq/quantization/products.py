@@ -1,0 +1,130 @@
+"""Products of float32 matrices by the library that is the faster one here.
+
+torch multiplies float32 by MKL, which chooses its instructions by the maker of the processor: where
+that is not Intel it leaves registers of 512 bits alone. oneDNN, which torch brings, too, looks at
+the instructions, and takes half of the time there. The choice is made by the kind of processor, not
+measured: sums in another order have other last bits, and a job that goes on later is to come to the
+same integers.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+# Products of fewer multiplications take longer to hand over than to compute.
+_WORTH_IT = 2**20
+
+# oneDNN compiles a kernel for each number of rows, and of columns, and keeps it: more than half a
+# megabyte. So there are few numbers.
+_STEP = 64
+
+_CPU_INFO = Path("/proc/cpuinfo")
+
+
+@contextlib.contextmanager
+def fast_products() -> Iterator[None]:
+    """Products of float32 matrices on the CPU take the faster way: a context, and a decorator.
+
+    Examples:
+        >>> with fast_products():
+        ...     torch.ones(2, 3) @ torch.ones(3, 2)
+        tensor([[3., 3.],
+                [3., 3.]])
+    """
+    with _FastProducts() if _onednn_is_faster() else contextlib.nullcontext():
+        yield
+
+
+class _FastProducts(TorchFunctionMode):
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        ours = _OURS.get(func)
+        if ours is not None and not kwargs:
+            result = ours(*args)
+            if result is not None:
+                return result
+        return func(*args, **(kwargs or {}))
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    """``x @ weight.T + bias``, ``x`` ``[..., K]`` and ``weight`` ``[N, K]``; None if not served."""
+    given = (x, weight) if bias is None else (x, weight, bias)
+    if not all(_plain(tensor) for tensor in given) or weight.dim() != 2 or x.dim() < 2:
+        return None
+    if x.numel() * len(weight) < _WORTH_IT:
+        return None
+    rows = x.reshape(-1, x.shape[-1])
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(
+        _filled(rows, _STEP), _filled(weight, 1), bias, "none", [], ""
+    )
+    return product[: len(rows)].view(*x.shape[:-1], len(weight))
+
+
+def _filled(matrix: Tensor, step: int) -> Tensor:
+    """With zeros, to multiples of ``step`` rows and of `_STEP` columns.
+
+    Parts of wider matrices are copied: oneDNN's product of those is a plain loop.
+    """
+    rows, columns = -len(matrix) % step, -matrix.shape[1] % _STEP
+    if rows or columns:
+        return functional.pad(matrix, (0, columns, 0, rows))
+    whole = matrix.is_contiguous() or matrix.T.is_contiguous()
+    return matrix if whole else matrix.contiguous()
+
+
+def _matmul(a: Tensor, b: Any) -> Tensor | None:
+    return _linear(a, b.T) if isinstance(b, Tensor) and b.dim() == 2 else None
+
+
+def _addmm(total: Tensor, a: Tensor, b: Tensor) -> Tensor | None:
+    product = _matmul(a, b)
+    return None if product is None else total.add_(product)
+
+
+_OURS: dict[Any, Callable[..., Tensor | None]] = {
+    functional.linear: _linear,
+    torch.matmul: _matmul,
+    torch.Tensor.matmul: _matmul,
+    torch.Tensor.__matmul__: _matmul,
+    torch.Tensor.addmm_: _addmm,
+}
+
+
+def _plain(tensor: Tensor) -> bool:
+    return (
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        and tensor.is_cpu
+        and tensor.dtype == torch.float32
+        and not (tensor.requires_grad and torch.is_grad_enabled())
+    )
+
+
+@functools.cache
+def _onednn_is_faster() -> bool:
+    return (
+        torch.backends.mkl.is_available()
+        and torch.backends.mkldnn.is_available()
+        and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+        and _maker() not in ("", "GenuineIntel")
+    )
+
+
+def _maker() -> str:
+    """Of the processor, where Linux tells."""
+    try:
+        lines = _CPU_INFO.read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("vendor_id")), "")
