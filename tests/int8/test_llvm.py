@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from haq.int8 import matmul
-from haq.int8.llvm import abreast, amx, compiler, halves, kernels, threads, tiles, weight
+from haq.int8.llvm import abreast, amx, compiler, halves, kernels, pieces, threads, tiles
 from haq.int8.llvm.dots import Dots, FoursOfBytes, PairsOfWords, best_of
 from haq.int8.llvm.kernels import Kind
 from haq.int8.llvm.weight import LlvmWeight, Rows, products
@@ -44,6 +44,7 @@ SHAPES = {  # T, K, N: few tokens, tiles with rest, several pieces of tokens and
     "one register of tokens": (13, 128, 21),
     "four registers of tokens": (61, 64, 40),
     "in parts, and rest": (101, 2048 + 64, 27),
+    "few tokens that are long": (3, 2**14 + 64, 17),
 }
 
 
@@ -62,8 +63,8 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
 
 def _forget_layouts() -> None:
     """They are those of one processor."""
-    weight._pieces.cache_clear()
-    weight._layout.cache_clear()
+    pieces._pieces.cache_clear()
+    pieces.layout.cache_clear()
 
 
 def random_weight(rows: int, columns: int, seed: int = 0) -> LlvmWeight:

@@ -2,7 +2,7 @@
 
 torch multiplies float32 by MKL, which chooses its instructions by the maker of the processor: where
 that is not Intel it leaves registers of 512 bits alone. oneDNN, which torch brings, too, looks at
-the instructions, and takes half of the time there. The choice is made by the kind of processor, not
+the instructions, and is the faster one there. The choice is made by the kind of processor, not
 measured: sums in another order have other last bits, and a job that goes on later is to come to the
 same integers.
 """

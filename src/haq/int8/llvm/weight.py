@@ -1,6 +1,5 @@
 """Int8 weights, plain, multiplied by kernels that LLVM compiles for this processor."""
 
-import functools
 from array import array
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,17 +11,10 @@ from haq.int8.llvm.pages import in_large_pages
 
 if TYPE_CHECKING:  # It needs llvmlite.
     from haq.int8.llvm.chain import Step
+    from haq.int8.llvm.pieces import Layout
 
 TYPES = {torch.float32, torch.bfloat16, torch.float16}
 """What kernels read and write."""
-
-# With few tokens, bytes of a weight that a thread takes at a time, and how often it is to come
-# back at least: one that is slower then takes less. Where matrices are multiplied, rows.
-_CHUNK_BYTES, _CHUNKS_PER_THREAD = 2**18, 4
-_CHUNK_OF_MATRICES = 128
-
-# Integers of a token begin where a line of the cache does.
-_LINE = 64
 
 
 def check() -> None:
@@ -172,7 +164,7 @@ def parts_of(group: Rows) -> list[Tensor | None]:
 
 def room(groups: Sequence[Rows]) -> int:
     """Bytes of memory that the products need beside tokens and outputs."""
-    return _layout(*_size(groups), torch.get_num_threads())[-1]
+    return _layout(groups).total
 
 
 def places(
@@ -191,11 +183,12 @@ def places(
         memory: that of as many bytes as `room` says.
         out: that of the outputs.
     """
-    count, _, rows, width = size = _size(groups)
-    stride, integers, strip, pieces, total = _layout(*size, torch.get_num_threads())
-    strips, scales = memory + 2 * integers, memory + total - 8 * count
-    told = [tokens, count, width, memory, stride, memory + integers, strips, strip]
-    told += [scales, scales + 4 * count, out, rows, *pieces, 0, len(groups)]
+    count, (rows, width) = sum(group.tokens for group in groups), groups[0].weight.weight.shape
+    layout = _layout(groups)
+    blocks, strips = memory + layout.integers, memory + 2 * layout.integers
+    scales = memory + layout.total - 8 * count
+    told = [tokens, count, width, memory, layout.stride, blocks, strips, layout.strip]
+    told += [scales, scales + 4 * count, out, rows, layout.chunk, layout.block, 0, len(groups)]
     first = 0
     for group, parts in zip(groups, held, strict=True):
         told += [*map(_address, parts), first, first + group.tokens]
@@ -232,30 +225,12 @@ def tell_weights(step: "Step", held: Sequence[Sequence[Tensor | None]]) -> None:
         step.places[at : at + len(parts)] = array("q", map(_address, parts))
 
 
-def _size(groups: Sequence[Rows]) -> tuple[int, int, int, int]:
-    """How many tokens in all, and of one weight at most; rows and width of the weights."""
+def _layout(groups: Sequence[Rows]) -> "Layout":
+    from haq.int8.llvm.pieces import layout
+
     counts = [group.tokens for group in groups]
-    return sum(counts), max(counts), *groups[0].weight.weight.shape
-
-
-@functools.lru_cache(4096)
-def _layout(
-    count: int, most: int, rows: int, width: int, threads: int
-) -> tuple[int, int, int, tuple[int, int], int]:
-    """Of a call's memory: bytes of a token's integers, of all, and of each thread's strip.
-
-    Then the pieces that the work is done in, and how many bytes all of it takes.
-    """
-    from haq.int8.llvm import compiler, kernels
-
-    dots = compiler.dots_here()
-    few = most <= kernels.few_of(dots)
-    # With an odd number of lines, tokens do not push each other out of the cache.
-    stride = (-(-width // _LINE) | 1) * _LINE
-    integers = (count if few else _up(count, dots.sums)) * stride * dots.token.width // 8
-    pieces, strip = _pieces(few, rows, width, threads)
-    # Where tokens are many, the integers are there twice; scale and shift have four bytes each.
-    return stride, integers, strip, pieces, 2 * integers + threads * strip + 8 * count
+    shape = groups[0].weight.weight.shape
+    return layout(sum(counts), max(counts), *shape, torch.get_num_threads())
 
 
 def module_of(source: torch.dtype, target: torch.dtype, *options: bool) -> Any:
@@ -275,33 +250,6 @@ def name_of(dtype: torch.dtype) -> str:
         'bfloat16'
     """
     return str(dtype).removeprefix("torch.")
-
-
-@functools.cache
-def _pieces(few: bool, rows: int, width: int, threads: int) -> tuple[tuple[int, int], int]:
-    """Rows of a weight, and tokens, that a thread multiplies before it asks for more.
-
-    Then the bytes that it needs for that.
-    """
-    from haq.int8.llvm import abreast, compiler, fours, kernels, matrices, pairs
-
-    fair = -(-rows // (_CHUNKS_PER_THREAD * threads))
-    dots = compiler.dots_here()
-    if few:
-        return (max(1, min(_CHUNK_BYTES // width, fair)), kernels.few_of(dots)), 0
-    if dots.matrices:
-        chunk = _up(min(_CHUNK_OF_MATRICES, fair), matrices.STEP)
-        return (chunk, matrices.MOST_TOKENS), matrices.room(chunk, width)
-    step = abreast.rows_of(dots)
-    if dots.unsigned:
-        return (_up(min(fours.CHUNK, fair), step), fours.BLOCK), 0
-    chunk = _up(min(pairs.CHUNK, fair), step)
-    return (chunk, pairs.BLOCK), pairs.room(dots, chunk)
-
-
-def _up(number: int, step: int) -> int:
-    """To a multiple of ``step``."""
-    return -(-number // step) * step
 
 
 def _address(tensor: Tensor | None) -> int:
