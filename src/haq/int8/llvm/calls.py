@@ -17,6 +17,7 @@ CALL = (
     "rows",  # N
     "chunk",  # rows of a weight that a thread takes at a time
     "block",  # tokens that are multiplied with them while both are in the cache
+    "few",  # as many tokens of a weight wait for its rows, which are then read one by one
     "counter",  # how many such pieces have been taken: 0
     "groups",  # how many weights there are; `GROUP` of each follows
 )

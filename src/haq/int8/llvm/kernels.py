@@ -26,7 +26,7 @@ from haq.int8.llvm.calls import CALL, GROUP, Told
 from haq.int8.llvm.dots import Dots
 from haq.int8.llvm.endings import Ending
 from haq.int8.llvm.rounding import Rounding
-from haq.int8.llvm.words import FLOAT, I8, I64, POINTER, Code, Type, Value, bytes_of, larger, number
+from haq.int8.llvm.words import FLOAT, I8, I64, POINTER, Code, Type, Value, bytes_of, number
 
 # Of the tokens that wait for rows: they share the cache with these.
 _WAITING_BYTES = 2**15
@@ -58,7 +58,7 @@ def module_of(kind: Kind, dots: Dots) -> ir.Module:
     round_token = rounding.define(module, rounds, dots, lanes=dots.sums)
     ending = Ending(kind.target, kind.scaled, kind.asymmetric, kind.biased)
     by_row = tiles.define(module, "by_row", tiles.narrow(dots), ending, dots)
-    item = _define_item(module, by_row, _define_many(module, ending, dots), dots)
+    item = _define_item(module, by_row, _define_many(module, ending, dots))
     lay_out = layout.define(module, dots)
     _define_run(module, round_token, lay_out, item, dots, floats.STORED[kind.source])
     return module
@@ -76,14 +76,6 @@ def few_of(dots: Dots, width: int) -> int:
     """
     most = 1 if dots.matrices else tiles.TOKENS_AT_ONCE
     return max(1, min(most, _WAITING_BYTES // (width * bytes_of(dots.token))))
-
-
-def _write_few(code: Code, dots: Dots, width: Value) -> Value:
-    """What `few_of` gives, as LLVM's."""
-    if dots.matrices:
-        return number(1)
-    fitting = code.sdiv(number(_WAITING_BYTES // bytes_of(dots.token)), width)
-    return larger(code, number(1), code.smaller(number(tiles.TOKENS_AT_ONCE), fitting))
 
 
 class _Many(NamedTuple):
@@ -108,14 +100,14 @@ def _define_many(module: ir.Module, ending: Ending, dots: Dots) -> _Many:
     return _Many(pairs.define(module, ending, dots), tiles.ROWS_AT_ONCE, 1)
 
 
-def _define_item(module: ir.Module, by_row: Value, many: _Many, dots: Dots) -> Value:
+def _define_item(module: ir.Module, by_row: Value, many: _Many) -> Value:
     """The function ``item(call, group, row, last row, token, last token)``: any rectangle."""
     code = Code(module, "item", [POINTER, POINTER, *[I64] * 4])
     call, group, row, last_row, token, last = code.parameters
-    told, width = Told(code, group, GROUP), Told(code, call, CALL)["width"]
-    few = _write_few(code, dots, width)
-    enough = code.icmp_signed(">", code.sub(told["last"], told["first"]), few)
-    beyond = code.and_(width, number(many.columns - 1))
+    told, of_group = Told(code, call, CALL), Told(code, group, GROUP)
+    count = code.sub(of_group["last"], of_group["first"])
+    enough = code.icmp_signed(">", count, told["few"])
+    beyond = code.and_(told["width"], number(many.columns - 1))
     fits = code.and_(enough, code.icmp_signed("==", beyond, number(0)))
     beyond = code.srem(code.sub(last_row, row), number(many.rows))
     rest = code.select(fits, code.sub(last_row, beyond), row)
@@ -167,8 +159,7 @@ def _round_all(code: Code, call: Told, round_token: Value, dots: Dots, source: T
 
 def _lay_out_all(code: Code, call: Told, lay_out: Value, dots: Dots) -> None:
     """Every thread lays out some columns of all tokens, if there are many."""
-    few = _write_few(code, dots, call["width"])
-    with code.if_then(code.icmp_signed(">", call["block"], few)):
+    with code.if_then(code.icmp_signed(">", call["block"], call["few"])):
         threads.wait_for_all(code)
         thread, count = threads.number_and_count(code)
         register, size = layout.BYTES * dots.sums, bytes_of(dots.token)

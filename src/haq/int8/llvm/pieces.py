@@ -34,6 +34,7 @@ class Layout(NamedTuple):
 
     Attributes:
         chunk, block, strip: as in `Pieces`.
+        few: as many tokens of a weight wait for its rows.
         stride: integers from one token to the next.
         integers: bytes of all of them. They are there twice, where tokens are many.
         total: bytes of everything, at whose end are scale and shift of each token, of four bytes.
@@ -42,6 +43,7 @@ class Layout(NamedTuple):
     chunk: int
     block: int
     strip: int
+    few: int
     stride: int
     integers: int
     total: int
@@ -59,13 +61,14 @@ def layout(count: int, most: int, rows: int, width: int, threads: int) -> Layout
         threads: that work.
     """
     dots = compiler.dots_here()
-    few = most <= kernels.few_of(dots, width)
+    few = kernels.few_of(dots, width)
     # With an odd number of lines, tokens do not push each other out of the cache.
     stride = (-(-width // _LINE) | 1) * _LINE
-    integers = (count if few else _up(count, dots.sums)) * stride * bytes_of(dots.token)
-    pieces = _pieces(few, rows, width, threads)
+    rounded_up = count if most <= few else _up(count, dots.sums)
+    integers = rounded_up * stride * bytes_of(dots.token)
+    pieces = _pieces(most <= few, rows, width, threads)
     total = 2 * integers + threads * pieces.strip + 8 * count
-    return Layout(*pieces, stride, integers, total)
+    return Layout(*pieces, few, stride, integers, total)
 
 
 @functools.cache

@@ -188,7 +188,8 @@ def places(
     blocks, strips = memory + layout.integers, memory + 2 * layout.integers
     scales = memory + layout.total - 8 * count
     told = [tokens, count, width, memory, layout.stride, blocks, strips, layout.strip]
-    told += [scales, scales + 4 * count, out, rows, layout.chunk, layout.block, 0, len(groups)]
+    told += [scales, scales + 4 * count, out, rows]
+    told += [layout.chunk, layout.block, layout.few, 0, len(groups)]
     first = 0
     for group, parts in zip(groups, held, strict=True):
         told += [*map(_address, parts), first, first + group.tokens]
