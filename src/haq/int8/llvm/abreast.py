@@ -55,7 +55,7 @@ def in_sizes(code: Code, dots: Dots, start: Value, stop: Value) -> list[tuple[in
         code.add(start, code.mul(code.sub(count, left), number(dots.sums)))
         for left in (rest, one, number(0))
     ]
-    return list(zip((AT_ONCE, 2, 1), (start, *ends), ends, strict=False))
+    return list(zip((AT_ONCE, 2, 1), (start, *ends[:-1]), ends, strict=True))
 
 
 class Tile:
@@ -119,11 +119,7 @@ class Tile:
         for t in range(self._wide):
             self._lay_down(t, place)
             first = code.add(block, number(sums * t))
-            start = code.select(code.icmp_signed("<", first, token), token, first)
-            stop = code.smaller(last, code.add(first, number(sums)))
-            with code.loop(start, stop) as there:
-                of_token = code.address(place, code.sub(there, first), side)
-                finish.write(code.value(of_token, side), row, there)
+            finish.write_wanted(place, side, row, first, sums, (token, last))
 
     def _lay_down(self, t: int, place: Value) -> None:
         """The sums of a register of tokens: those of one token, of all rows, side by side."""

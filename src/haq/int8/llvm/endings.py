@@ -1,5 +1,6 @@
 """From sums of integers to outputs: the formula of `haq.int8.matmul`, in its order."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from haq.int8.llvm import floats
@@ -9,6 +10,7 @@ from haq.int8.llvm.words import (
     FLOAT,
     I32,
     Code,
+    Type,
     Value,
     lanes_of,
     multiply_add,
@@ -77,3 +79,29 @@ class Finish:
             result = code.fadd(result, code.read(self.group["bias"], row, FLOAT, lanes))
         place = code.add(code.mul(token, self.call["rows"]), row)
         floats.write(code, ending.target, result, self.call["out"], place)
+
+    def write_wanted(
+        self,
+        place: Value,
+        kind: Type,
+        row: Value,
+        first: Value,
+        count: int,
+        wanted: Sequence[Value],
+    ) -> None:
+        """Outputs of tokens whose totals lie one after the other.
+
+        Args:
+            place: where they begin.
+            kind: the type of a token's totals.
+            row: the first of theirs.
+            first: the first token.
+            count: of tokens.
+            wanted: the first of those that are, and the one after the last.
+        """
+        code, (token, last) = self.code, wanted
+        start = code.select(code.icmp_signed("<", first, token), token, first)
+        stop = code.smaller(last, code.add(first, number(count)))
+        with code.loop(start, stop) as there:
+            totals = code.address(place, code.sub(there, first), kind)
+            self.write(code.value(totals, kind), row, there)

@@ -202,8 +202,4 @@ class _Square:
             for index, of_token in enumerate(layout.transposed(code, rows)):
                 code.store(of_token, code.address(place, number(index), totals))
             first_row, first = (code.add(a, number(SIDE * i)) for a, i in ((row, r), (block, t)))
-            start = code.select(code.icmp_signed("<", first, token), token, first)
-            stop = code.smaller(last, code.add(first, number(SIDE)))
-            with code.loop(start, stop) as there:
-                of_token = code.address(place, code.sub(there, first), totals)
-                finish.write(code.value(of_token, totals), first_row, there)
+            finish.write_wanted(place, totals, first_row, first, SIDE, (token, last))
