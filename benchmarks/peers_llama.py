@@ -5,6 +5,7 @@ file has no vocabulary: tokens go in and logits come out as numbers.
 """
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,12 +95,17 @@ def _pairs_together(weight: "Tensor", heads: int) -> "Tensor":
 class LlamaCpp:
     """A GGUF file, loaded.
 
+    It is called in a thread of its own. Where the processor multiplies matrices, llama.cpp says in
+    each thread once how large their registers are, and others that use them, torch and haq, take
+    that back when they are done.
+
     Args:
         path: the file.
         threads: CPU threads.
     """
 
     def __init__(self, path: Path, threads: int) -> None:
+        self._thread = ThreadPoolExecutor(1)
         self._quiet = llama_cpp.llama_log_callback(lambda *_: None)
         llama_cpp.llama_log_set(self._quiet, None)
         llama_cpp.llama_backend_init()
@@ -144,6 +150,9 @@ class LlamaCpp:
         llama_cpp.llama_memory_clear(self._memory, False)
 
     def _decode(self, tokens: list[int], start: int) -> "np.ndarray[Any, Any]":
+        return self._thread.submit(self._decode_here, tokens, start).result()
+
+    def _decode_here(self, tokens: list[int], start: int) -> "np.ndarray[Any, Any]":
         batch = self._batch
         batch.n_tokens = len(tokens)
         for i, token in enumerate(tokens):
