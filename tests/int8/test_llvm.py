@@ -112,6 +112,28 @@ def test_every_processor_gives_the_same_bits(
 
 
 @pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("asymmetric", [False, True], ids=["symmetric", "asymmetric"])
+def test_values_next_to_the_middle_of_two_steps(
+    asymmetric: bool, generator: torch.Generator
+) -> None:
+    """There the last place of a quotient decides, which a product with the inverse has not."""
+    largest = torch.rand(300, 1, generator=generator) + 0.5
+    scale = (2 * largest) / 255 if asymmetric else largest / 127
+    middles = (torch.arange(-126, 126, dtype=torch.float64) + 0.5) * scale.double()
+    x = torch.cat([middles.float(), largest, -largest], 1)
+    for step in range(-1, 2):
+        towards = torch.full_like(x[:, :-2], step * torch.inf)
+        values = x.clone()
+        if step:
+            values[:, :-2] = torch.nextafter(x[:, :-2], towards)
+        columns = values.shape[1]
+        packed = LlvmWeight(torch.eye(columns, dtype=torch.int8), torch.ones(columns, 1))
+        sums = row_sums(packed.unpack(), packed.scale) if asymmetric else None
+        result = packed.linear(values, None, sums)
+        assert_same_bits(result, expected(values, packed, None, asymmetric, torch.float32))
+
+
+@pytest.mark.usefixtures("way")
 def test_the_proof_of_every_backend_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matmul, "_verdicts", {})
     backend = next(backend for backend in matmul.BACKENDS if backend.name == "llvm")

@@ -3,8 +3,8 @@
 They are read in blocks, each as large as a register for matrices. Of the tokens, four bytes of each
 must lie side by side: they are laid out so when they have been rounded. Of a weight, which lies row
 by row, each thread copies a strip of rows to blocks, as much as stays in a cache of its own, and
-multiplies it with all tokens. Read where they lie, rows whose distance is a power of 2 push each
-other out of the cache.
+multiplies it with all tokens, while it asks for the next strip. Read where they lie, rows whose
+distance is a power of 2 push each other out of the cache.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from haq.int8.llvm.amx import DEPTH, SIDE, registers
 from haq.int8.llvm.calls import CALL, GROUP, Told
 from haq.int8.llvm.dots import Dots
 from haq.int8.llvm.endings import Ending, Finish
-from haq.int8.llvm.words import I8, I32, I64, POINTER, Code, Value, number, vector
+from haq.int8.llvm.words import I8, I32, I64, POINTER, Code, Value, ask_for, number, vector
 
 AT_ONCE = 2
 """Registers of rows that are multiplied with as many of tokens; their sums fill half of all."""
@@ -61,6 +61,7 @@ def define(module: ir.Module, ending: Ending, dots: Dots) -> Value:
     all_sums = code.address(strip, code.mul(call["chunk"], number(_PART)), I8)
     start = code.and_(token, number(-SIDE))  # The block that the first token is in.
     rows = code.address(weight, code.mul(row, width), I8)
+    ahead = _Ahead(code, call, rows, row, code.sub(last, start))
     with code.loop(number(0), width, _PART) as left:
         depth = code.smaller(number(_PART), code.sub(width, left))
         _copy(code, code.address(rows, left, I8), code.sub(last_row, row), width, depth, strip)
@@ -77,6 +78,7 @@ def define(module: ir.Module, ending: Ending, dots: Dots) -> Value:
                             code.address(all_sums, sums, I8),
                         ]
                         arguments = [*places, left, depth, here, there, token, last]
+                        arguments += ahead.part(line, column, tall, left)
                         code.call(pieces[tall, wide], [base, group, *arguments])
     code.ret_void()
     return code.function
@@ -107,8 +109,52 @@ def _copy(code: Code, rows: Value, count: Value, width: Value, depth: Value, str
                 )
 
 
+class _Ahead:
+    """The strip that this thread takes next, if all threads are as fast as each other.
+
+    With few tokens the memory is busy all the time, and nothing is asked for.
+
+    Args:
+        code: to write to.
+        call: what the kernel is told.
+        rows: the address of this strip's rows.
+        row: the first of them.
+        tokens: that they are multiplied with, from the first one of a block on.
+    """
+
+    def __init__(self, code: Code, call: Told, rows: Value, row: Value, tokens: Value) -> None:
+        self._code, self._width = code, call["width"]
+        _, count = threads.number_and_count(code)
+        distance = code.mul(call["chunk"], count)
+        end = code.add(row, code.add(distance, call["chunk"]))
+        exists = code.icmp_signed("<=", end, call["rows"])
+        self._rows = code.address(rows, code.mul(distance, self._width), I8)
+        blocks = code.sdiv(code.add(tokens, number(STEP - 1)), number(STEP))
+        several = code.icmp_signed(">", blocks, number(1))
+        share = code.sdiv(
+            code.add(blocks, number(STEP - 1)), code.select(several, blocks, number(1))
+        )
+        self._share = code.select(code.and_(exists, several), share, number(0))
+
+    def part(self, row: Value, token: Value, tall: int, left: Value) -> list[Value]:
+        """The address of rows to ask for, and how many, while a piece is multiplied.
+
+        Args:
+            row: the first one of the piece, in its strip.
+            token: likewise, of the tokens.
+            tall: registers of its rows: all blocks of tokens share these rows of the next strip.
+            left: the first column.
+        """
+        code = self._code
+        before = code.mul(code.sdiv(token, number(STEP)), self._share)
+        place = code.add(code.mul(code.add(row, before), self._width), left)
+        count = code.smaller(self._share, code.sub(number(SIDE * tall), before))
+        return [code.address(self._rows, place, I8), count]
+
+
 def _define_piece(module: ir.Module, tall: int, wide: int, ending: Ending, dots: Dots) -> Value:
-    """The function ``piece(call, group, strip, sums, left, depth, row, block, token, last token)``.
+    """The function ``piece(call, group, strip, sums, left, depth, row, block, token, last token,
+    ahead, lines)``.
 
     Args:
         module: to write it to.
@@ -118,9 +164,11 @@ def _define_piece(module: ir.Module, tall: int, wide: int, ending: Ending, dots:
             last one on are not wanted.
         ending: what becomes of the sums, of all columns.
         dots: what they are sums of.
+
+    ``lines`` rows from ``ahead`` on are asked for.
     """
-    code = Code(module, f"piece_{tall}_{wide}", [*[POINTER] * 4, *[I64] * 6])
-    base, of_group, strip, sums, left, depth, row, block, token, last = code.parameters
+    code = Code(module, f"piece_{tall}_{wide}", [*[POINTER] * 4, *[I64] * 6, POINTER, I64])
+    base, of_group, strip, sums, left, depth, row, block, token, last, *ahead = code.parameters
     call, group = Told(code, base, CALL), Told(code, of_group, GROUP)
     square = _Square(code, tall, wide, dots)
     places = {
@@ -130,7 +178,7 @@ def _define_piece(module: ir.Module, tall: int, wide: int, ending: Ending, dots:
     column = code.add(code.mul(block, call["stride"]), code.mul(left, number(SIDE)))
     blocks = code.address(call["blocks"], column, I8)
     square.begin(code.icmp_signed("==", left, number(0)), places)
-    square.multiply(strip, blocks, depth, call["stride"])
+    square.multiply((strip, depth), (blocks, call["stride"]), (*ahead, call["width"]))
     is_last = code.icmp_signed("==", code.add(left, depth), call["width"])
     with code.if_else(is_last) as (then, otherwise):
         with then:
@@ -168,18 +216,24 @@ class _Square:
                 for index, register in self.sums.items():
                     self._matrices.load(register, places[index])
 
-    def multiply(self, strip: Value, blocks: Value, depth: Value, stride: Value) -> None:
+    def multiply(
+        self,
+        strip: tuple[Value, Value],
+        tokens: tuple[Value, Value],
+        ahead: tuple[Value, Value, Value],
+    ) -> None:
         """Add all products.
 
         Args:
-            strip: where the blocks of the rows begin.
-            blocks: where those of the tokens do.
-            depth: columns of the strip.
-            stride: columns that tokens have altogether.
+            strip: where the blocks of the rows begin, and how many columns there are.
+            tokens: where those of the tokens do, and how many columns they have altogether.
+            ahead: where rows begin that are asked for meanwhile, how many, and of what width.
         """
-        code = self._code
-        sides = (self._rows, strip, depth), (self._tokens, blocks, stride)
-        with code.loop(number(0), depth, DEPTH) as start:
+        code, (rows, count, width) = self._code, ahead
+        sides = (self._rows, *strip), (self._tokens, *tokens)
+        with code.loop(number(0), strip[1], DEPTH) as start:
+            with code.loop(number(0), count) as row:
+                ask_for(code, code.address(rows, code.add(start, code.mul(row, width)), I8))
             for registers_of_side, base, length in sides:
                 for i, register in enumerate(registers_of_side):
                     place = code.mul(code.add(start, code.mul(length, number(i))), number(SIDE))

@@ -201,10 +201,14 @@ def multiply_add(code: Code, a: Value, b: Value, c: Value) -> Value:
 
 def prefetch(code: Code, address: Value, length: int, distance: int) -> None:
     """Ask for as many bytes as are read from an address on, but so many bytes ahead of them."""
-    hints = [number(hint, I32) for hint in (0, 3, 1)]  # To be read, often, data.
     for line in range(0, length if distance else 0, _LINE):
-        place = code.address(address, number(distance + line), I8)
-        code.intrinsic("llvm.prefetch.p0", VOID, place, *hints)
+        ask_for(code, code.address(address, number(distance + line), I8))
+
+
+def ask_for(code: Code, address: Value) -> None:
+    """Ask for a line of the cache, which is there later."""
+    hints = [number(hint, I32) for hint in (0, 3, 1)]  # To be read, often, data.
+    code.intrinsic("llvm.prefetch.p0", VOID, address, *hints)
 
 
 def number(value: int, kind: Type = I64) -> Value:
