@@ -36,10 +36,13 @@ class RoundedTokens:
         shift = None if self.shift is None else self.shift[rows]
         return RoundedTokens(self.integers[rows], self.scale[rows], shift)
 
+    def steps(self) -> Tensor:
+        """How many times its scale each number is: integers in [-255, 255], ``[T, K]``."""
+        return self.integers if self.shift is None else self.integers + self.shift
+
     def dequantize(self) -> Tensor:
         """What the integers stand for: float32 ``[T, K]``."""
-        integers = self.integers if self.shift is None else self.integers + self.shift
-        return integers * self.scale
+        return self.steps() * self.scale
 
 
 # Tokens that are rounded while they are in the cache.

@@ -15,13 +15,11 @@ import torch
 from torch import Tensor
 
 from haq.processes import Processes
+from haq.quantization.outer import ROWS_AT_ONCE, add_left_of_diagonal
 
 # Damping that had to grow this far makes H close to a multiple of the identity, for which
 # compensation does nothing: rounding to nearest is then the honest name.
 _LARGEST_DAMPING = 1.0
-
-# Of a symmetric sum only the part left of the diagonal is computed, so many rows at a time.
-_ROWS_AT_ONCE = 1024
 
 # Least diagonal entry, as a fraction of the largest, tried one after the other when damping alone
 # leaves H numerically indefinite: a channel millions of times larger than the mean is what does it.
@@ -43,13 +41,16 @@ class SecondMoment:
         self._sum = torch.zeros(channels, channels, device=device)
         self.tokens = 0
 
-    def update(self, inputs: Tensor) -> None:
-        """Add the tokens of ``inputs`` ``[T, K]``, any float dtype."""
-        rows = inputs.float()
-        for start in range(0, len(self._sum), _ROWS_AT_ONCE):
-            here, left = slice(start, start + _ROWS_AT_ONCE), slice(start + _ROWS_AT_ONCE)
-            self._sum[here, left].addmm_(rows[:, here].T, rows[:, left])
-        self.tokens += rows.shape[0]
+    def update(self, inputs: Tensor, scale: Tensor | None = None) -> None:
+        """Add tokens.
+
+        Args:
+            inputs: float ``[T, K]``; with a scale integers in [-256, 256], which is faster on some
+                processors.
+            scale: float32 ``[T, 1]``, what each token is multiplied by.
+        """
+        add_left_of_diagonal(self._sum, inputs.float(), scale)
+        self.tokens += inputs.shape[0]
 
     def sum_over(self, processes: Processes) -> None:
         """Add what the other processes saw."""
@@ -75,9 +76,11 @@ class SecondMoment:
 
 def _mirrored(left: Tensor) -> Tensor:
     """The symmetric matrix whose part left of the diagonal is there; in place."""
-    for start in range(_ROWS_AT_ONCE, len(left), _ROWS_AT_ONCE):
-        here, before = slice(start, start + _ROWS_AT_ONCE), slice(start)
+    for start in range(0, len(left), ROWS_AT_ONCE):
+        here, before = slice(start, start + ROWS_AT_ONCE), slice(start)
         left[before, here] = left[here, before].T
+        on_diagonal = left[here, here]
+        on_diagonal.copy_(on_diagonal.tril() + on_diagonal.tril(-1).T)
     return left
 
 

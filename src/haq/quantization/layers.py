@@ -17,8 +17,9 @@ from haq.quantization.rounding import round_with_compensation
 # which leave clearly less, from most others, which are centered and leave nearly all of it.
 _WORTH_A_ZERO_POINT = 0.8
 
-# Of a batch these are enough to tell, evenly spread: each gives errors in thousands of channels.
-_TOKENS_FOR_ZERO_POINTS = 128
+# Of a batch, and of the rows of a weight, these are enough to tell, evenly spread: a hundred
+# thousand errors.
+_TOKENS_FOR_ZERO_POINTS, _ROWS_FOR_ZERO_POINTS = 128, 1024
 
 
 @dataclass(frozen=True)
@@ -102,20 +103,21 @@ def factored(moment: SecondMoment, damping: float) -> Factored:
 
 def update_quantized(moment: SecondMoment, inputs: Tensor, asymmetric: bool = False) -> None:
     """Add the tokens of ``inputs`` ``[T, K]`` as the int8 product will see them."""
-    moment.update(round_tokens(inputs.contiguous(), asymmetric).dequantize())
+    rounded = round_tokens(inputs.contiguous(), asymmetric)
+    moment.update(rounded.steps(), rounded.scale)
 
 
 class InputErrors:
     """What rounding the inputs of linears costs them, without a zero point and with one.
 
-    Sums over all tokens, which of a large batch some tell.
+    Sums over all tokens and outputs, which of a large batch and of a large weight some tell.
 
     Args:
         linears: that read the same tensor, float32.
     """
 
     def __init__(self, linears: Iterable[nn.Module]) -> None:
-        self._weights = [weight_view(linear) for linear in linears]  # Views: they take no memory.
+        self._weights = [_some_rows(weight_view(linear)) for linear in linears]
         self.symmetric = self.asymmetric = 0.0
 
     def update(self, inputs: Tensor) -> None:
@@ -126,8 +128,14 @@ class InputErrors:
         self.asymmetric += step * self._error(round_tokens(inputs, True).dequantize() - inputs)
 
     def _error(self, difference: Tensor) -> float:
-        outputs = (functional.linear(difference, weight) for weight in self._weights)
-        return sum(float(output.square().sum()) for output in outputs)
+        outputs = ((functional.linear(difference, some), step) for some, step in self._weights)
+        return sum(step * float(output.square().sum()) for output, step in outputs)
+
+
+def _some_rows(weight: Tensor) -> tuple[Tensor, int]:
+    """Every n-th, and n. In one piece: products of others are slow."""
+    step = max(1, len(weight) // _ROWS_FOR_ZERO_POINTS)
+    return weight[::step].contiguous(), step
 
 
 def zero_point_pays(errors: Iterable[InputErrors]) -> bool:

@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from haq.quantization.outer import in_bfloat16
+
 # Products of fewer multiplications take longer to hand over than to compute.
 _WORTH_IT = 2**20
 
@@ -32,13 +34,16 @@ _CPU_INFO = Path("/proc/cpuinfo")
 def fast_products() -> Iterator[None]:
     """Products of float32 matrices on the CPU take the faster way: a context, and a decorator.
 
+    So do those of `haq.quantization.outer`.
+
     Examples:
         >>> with fast_products():
         ...     torch.ones(2, 3) @ torch.ones(3, 2)
         tensor([[3., 3.],
                 [3., 3.]])
     """
-    with _FastProducts() if _onednn_is_faster() else contextlib.nullcontext():
+    ours = _FastProducts() if _onednn_is_faster() else contextlib.nullcontext()
+    with in_bfloat16(), ours:
         yield
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from haq.int8 import grid, matmul
+from haq.quantization.outer import debts_of
 
 # Columns are rounded one by one within a block of this many, and what those before owe to a block
 # is one product: the same arithmetic in another order, a matrix product instead of many rank-one
@@ -64,16 +65,16 @@ def round_with_compensation(weight: Tensor, scale: Tensor, root: Tensor) -> Tens
     """
     weight = weight.to(root.dtype).contiguous()
     integers = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    differences = weight.new_empty(weight.shape[1], weight.shape[0])  # D, column by column.
+    debts = debts_of(weight)
     round_block, size = _round_block, _BLOCK
     if weight.is_cpu and weight.dtype == torch.float32 and matmul.compiles():
         round_block, size = _round_by_kernel, _BLOCK_OF_KERNEL
     for start in range(0, len(root), size):
         before, here = slice(start), slice(start, start + size)
         shares = root[: here.stop, here] / root.diagonal()[here]
-        owed = shares[before].T @ differences[before]
-        block = Block(weight[:, here], scale, shares[start:], owed)
-        round_block(block, integers[:, here], differences[here])
+        block = Block(weight[:, here], scale, shares[start:], debts.owed(shares[before]))
+        round_block(block, integers[:, here], debts.room(block.weight.shape[1]))
+        debts.take()
     return integers
 
 

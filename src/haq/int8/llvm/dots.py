@@ -47,6 +47,10 @@ class Dots(Protocol):
     def matrices(self) -> bool:
         """Whether it also multiplies small matrices: `haq.int8.llvm.amx`."""
 
+    @property
+    def of_matrices(self) -> str:
+        """The instruction that does, as LLVM calls it."""
+
     def of_token(self, code: Code, integers: Value) -> Value:
         """A token's integers as they are stored, from int32, one or a vector of them."""
 
@@ -73,6 +77,7 @@ class PairsOfWords:
     token = I16
     instruction = True
     matrices = False
+    of_matrices = ""
 
     @property
     def lanes(self) -> int:
@@ -118,6 +123,7 @@ class FoursOfBytes:
     matrices: bool = False
     unsigned = True
     token = I8
+    of_matrices = "tdpbsud"
 
     @property
     def lanes(self) -> int:

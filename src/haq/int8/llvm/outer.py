@@ -1,0 +1,295 @@
+"""Sums of outer products of rows, ``sum_t a_t b_t^T``, where the processor multiplies matrices.
+
+That is what second moments are, and what is owed to columns that are rounded already. Rows are
+float32; they are rounded to bfloat16, and added up in float32. Two numbers of a column, one below
+the other, become a pair of 4 bytes, and 16 columns of 32 rows a block, as large as a register for
+matrices. The processor wants pairs of a column side by side on the left, and those of two rows on
+the right.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import llvmlite.binding as llvm
+import torch
+from llvmlite import ir
+from torch import Tensor
+
+from haq.int8.llvm import amx, compiler, floats, layout, threads
+from haq.int8.llvm.amx import DEPTH, SIDE
+from haq.int8.llvm.calls import Told
+from haq.int8.llvm.words import (
+    FLOAT,
+    I8,
+    I16,
+    I32,
+    I64,
+    POINTER,
+    Code,
+    Value,
+    lanes_of,
+    number,
+    vector,
+)
+
+STEP = 2 * SIDE
+"""Columns are a multiple of it. A block has as many rows."""
+
+_BLOCK = SIDE * DEPTH
+
+_LINE = vector(I32, SIDE)
+
+# Registers of left columns that are multiplied with as many of right ones.
+_AT_ONCE = 2
+
+# What a thread multiplies before it asks for more: so many left columns with so many right ones, of
+# so many blocks of rows at a time. Those of the left columns stay in the cache of its core, and
+# those of two blocks of right columns, one pair after the other, in the nearest one.
+_LEFT, _RIGHT, _STEPS = 256, 512, 16
+_PIECES_PER_THREAD = 4
+
+_PACK = (
+    "floats",  # [T, N], rows `stride` apart; or columns, if these lie in one piece each
+    "count",  # T
+    "columns",  # N
+    "stride",
+    "blocks",  # room for the first block that is written
+    "apart",  # bytes from the blocks of 16 columns to those of the next 16
+)
+
+_MULTIPLY = (
+    "steps",  # blocks of rows
+    "rows",  # left columns
+    "columns",  # right ones
+    "wide",  # of these in a piece
+    "out",  # float32 [rows, columns], `stride` bytes apart
+    "stride",
+    "counter",  # how many pieces have been taken: 0
+    "terms",  # how many there are; `_TERM` of each follows
+)
+
+_TERM = (
+    "left",  # its blocks
+    "left_apart",
+    "right",
+    "right_apart",
+)
+
+
+@dataclass(frozen=True)
+class Halves:
+    """Sums of two products of bfloat16, in float32.
+
+    Attributes:
+        instruction: whether the processor has it; else what it does is written out, for tests.
+    """
+
+    instruction: bool = True
+    of_matrices = "tdpbf16ps"
+
+    def add(self, code: Code, sums: Value, weight: Value, token: Value) -> Value:
+        totals = code.bitcast(sums, vector(FLOAT, SIDE))
+        for part in (_lower, _upper):
+            a, b = (part(code, code.bitcast(side, vector(I32, SIDE))) for side in (weight, token))
+            totals = code.fadd(totals, code.fmul(a, b))
+        return code.bitcast(totals, vector(I32, SIDE))
+
+
+def _lower(code: Code, pairs: Value) -> Value:
+    return code.bitcast(code.shl(pairs, number(16, pairs.type)), vector(FLOAT, SIDE))
+
+
+def _upper(code: Code, pairs: Value) -> Value:
+    return code.bitcast(code.and_(pairs, number(-(2**16), pairs.type)), vector(FLOAT, SIDE))
+
+
+class Blocks:
+    """Rows in bfloat16, as they are multiplied.
+
+    Args:
+        count: rows that there is room for.
+        columns: a multiple of `STEP`.
+        left: on which side they will be.
+        rest: not the rows, but what their numbers are more than those in bfloat16. With it a
+            number has 16 bits.
+
+    Examples:
+        >>> from haq.int8.llvm.outer import Blocks
+        >>> Blocks(100, 64, left=True).steps
+        4
+    """
+
+    def __init__(self, count: int, columns: int, *, left: bool, rest: bool = False) -> None:
+        self._left, self._rest, self.steps = left, rest, -(-count // STEP)
+        size = columns // SIDE * self.steps * _BLOCK
+        self._memory = torch.empty(size + DEPTH, dtype=torch.uint8)
+        self.address = -(-self._memory.data_ptr() // DEPTH) * DEPTH
+
+    @property
+    def apart(self) -> int:
+        """Bytes from the blocks of 16 columns to those of the next 16."""
+        return self.steps * _BLOCK
+
+    def put(self, rows: Tensor, first: int = 0) -> None:
+        """Write rows; up to a multiple of `STEP`, zeros behind them.
+
+        Args:
+            rows: float32 ``[T, N]`` on the CPU.
+            first: where, a multiple of `STEP`.
+        """
+        at = self.address + first // STEP * _BLOCK
+        turned = self._left and rows.stride(0) == 1 and len(rows) % STEP == 0
+        if not turned and rows.stride(1) != 1:
+            rows = rows.contiguous()
+        places = [rows.data_ptr(), *rows.shape, rows.stride(int(turned)), at, self.apart]
+        compiler.run(_packing, (self._left, self._rest, turned), places)
+
+
+def add_outer(
+    total: Tensor, terms: Sequence[tuple[Blocks, Blocks]], count: int, first: int = 0
+) -> None:
+    """Add ``sum_t a_t b_t^T`` of each term.
+
+    Args:
+        total: float32 ``[M, N]``, of which each row lies in one piece; both are multiples of
+            `STEP`. N of the right columns, from the first one on, are multiplied.
+        terms: a, on the left, and b.
+        count: rows, from the first one on.
+        first: of M left columns, a multiple of `STEP`.
+    """
+    rows, columns = total.shape
+    fair = -(-columns // (_PIECES_PER_THREAD * torch.get_num_threads() * STEP)) * STEP
+    places = [-(-count // STEP), rows, columns, min(_RIGHT, fair)]
+    places += [total.data_ptr(), 4 * total.stride(0), 0, len(terms)]
+    for a, b in terms:
+        places += [a.address + first // SIDE * a.apart, a.apart, b.address, b.apart]
+    compiler.run(_multiplying, (products_here(),), places)
+
+
+def products_here() -> Halves | None:
+    """How this processor multiplies such matrices; None if it does not."""
+    return Halves() if _has_instruction() else None
+
+
+@functools.cache
+def _has_instruction() -> bool:
+    return bool(llvm.get_host_cpu_features().get("amx-bf16")) and amx.permitted()
+
+
+def _packing(left: bool, rest: bool, turned: bool) -> ir.Module:
+    """Threads take 16 columns in turn."""
+    module = ir.Module()
+    code = Code(module, "run", [POINTER], internal=False)
+    call = Told(code, code.parameters[0], _PACK)
+    thread, count = threads.number_and_count(code)
+    first, step = (code.mul(value, number(SIDE)) for value in (thread, count))
+    with code.loop(first, call["columns"], step) as column:
+        nth = code.sdiv(column, number(SIDE))
+        blocks = code.address(call["blocks"], code.mul(nth, call["apart"]), I8)
+        with code.loop(number(0), call["count"], STEP) as row:
+            block = code.address(blocks, code.mul(row, number(_BLOCK // STEP)), I8)
+            read = _of_column if turned else _pairs
+            lines = [read(code, call, row, index, column, rest) for index in range(SIDE)]
+            if left and not turned:
+                lines = layout.transposed(code, lines)
+            for index, line in enumerate(lines):
+                code.store(line, code.address(block, number(index), _LINE))
+    code.ret_void()
+    return module
+
+
+def _pairs(code: Code, call: Told, row: Value, index: int, column: Value, rest: bool) -> Value:
+    """Of 16 columns what two rows have, the second one's in the upper half; 0 behind the last."""
+    halves = []
+    for each in (2 * index, 2 * index + 1):
+        here = code.add(row, number(each))
+        exists = code.icmp_signed("<", here, call["count"])
+        place = code.mul(code.select(exists, here, row), call["stride"])
+        value = code.read(call["floats"], code.add(place, column), FLOAT, SIDE)
+        halves.append(code.select(exists, _half(code, value, rest), number(0, _LINE)))
+    return code.or_(code.lshr(halves[0], number(16, _LINE)), halves[1])
+
+
+def _of_column(code: Code, call: Told, row: Value, index: int, column: Value, rest: bool) -> Value:
+    """Of a column as many rows as a block has, side by side."""
+    start = code.add(code.mul(code.add(column, number(index)), call["stride"]), row)
+    values = code.read(call["floats"], start, FLOAT, STEP)
+    bits = _half(code, values, rest)
+    halves = code.trunc(code.lshr(bits, number(16, bits.type)), vector(I16, STEP))
+    return code.bitcast(halves, _LINE)
+
+
+def _half(code: Code, values: Value, rest: bool) -> Value:
+    """The bits of numbers in bfloat16, as float32; or of what these leave."""
+    if rest:
+        values = code.fsub(values, floats.rounded(code, "bfloat16", values))
+    rounded = floats.rounded(code, "bfloat16", values)
+    return code.bitcast(rounded, vector(I32, lanes_of(values.type)))
+
+
+def _multiplying(products: Halves) -> ir.Module:
+    module = ir.Module()
+    code = Code(module, "run", [POINTER], internal=False)
+    (base,) = code.parameters
+    call = Told(code, base, _MULTIPLY)
+    amx.configure(code, products)
+    square, wide = _Square(code, base, call, products), call["wide"]
+    pieces = _quotient_up(code, call["rows"], number(_LEFT))
+    all_pieces = code.mul(pieces, _quotient_up(code, call["columns"], wide))
+    with threads.pieces(code, call.place("counter"), number(1), all_pieces) as (piece, _):
+        top = code.mul(code.srem(piece, pieces), number(_LEFT))
+        bottom = code.smaller(call["rows"], code.add(top, number(_LEFT)))
+        start = code.mul(code.sdiv(piece, pieces), wide)
+        stop = code.smaller(call["columns"], code.add(start, wide))
+        with code.loop(number(0), call["steps"], _STEPS) as step:
+            last = code.smaller(call["steps"], code.add(step, number(_STEPS)))
+            with code.loop(start, stop, STEP) as column, code.loop(top, bottom, STEP) as row:
+                square.add(row, column, step, last)
+    amx.release(code, products)
+    code.ret_void()
+    return module
+
+
+class _Square:
+    """Sums of some left columns and of as many right ones, in registers for matrices."""
+
+    def __init__(self, code: Code, base: Value, call: Told, products: Halves) -> None:
+        self._code, self._base, self._call = code, base, call
+        self._matrices = amx.registers(code, products)
+
+    def add(self, row: Value, column: Value, step: Value, last: Value) -> None:
+        """What blocks of rows from ``step`` to before the last one give."""
+        code, both = self._code, range(_AT_ONCE)
+        sums = {(r, c): r * _AT_ONCE + c for r in both for c in both}
+        left, right = ([len(sums) + side * _AT_ONCE + i for i in both] for side in (0, 1))
+        for (r, c), register in sums.items():
+            self._matrices.load(register, self._out(row, column, r, c), self._call["stride"])
+        with code.loop(number(0), self._call["terms"]) as index:
+            place = code.add(number(len(_MULTIPLY)), code.mul(index, number(len(_TERM))))
+            term = Told(code, code.address(self._base, place, I64), _TERM)
+            with code.loop(step, last) as here:
+                for side, registers, first in (("left", left, row), ("right", right, column)):
+                    for nth, register in enumerate(registers):
+                        self._matrices.load(register, self._block(term, side, first, nth, here))
+                for (r, c), register in sums.items():
+                    self._matrices.add(register, left[r], right[c])
+        for (r, c), register in sums.items():
+            self._matrices.store(register, self._out(row, column, r, c), self._call["stride"])
+
+    def _out(self, row: Value, column: Value, r: int, c: int) -> Value:
+        code = self._code
+        line = code.mul(code.add(row, number(r * SIDE)), self._call["stride"])
+        there = code.address(self._call["out"], line, I8)
+        return code.address(there, code.add(column, number(c * SIDE)), FLOAT)
+
+    def _block(self, term: Told, side: str, first: Value, index: int, step: Value) -> Value:
+        code = self._code
+        nth = code.add(code.sdiv(first, number(SIDE)), number(index))
+        place = code.mul(nth, term[f"{side}_apart"])
+        place = code.add(place, code.mul(step, number(_BLOCK)))
+        return code.address(term[side], place, I8)
+
+
+def _quotient_up(code: Code, a: Value, b: Value) -> Value:
+    return code.sdiv(code.add(a, code.sub(b, number(1))), b)

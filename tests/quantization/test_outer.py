@@ -1,0 +1,131 @@
+"""Second moments and debts of two bfloat16, against float64; and that nobody gets them unasked."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import haq
+from haq.int8 import grid, matmul
+from haq.int8.llvm import compiler
+from haq.quantization import outer
+from haq.quantization.hessian import SecondMoment, triangular_root
+from haq.quantization.outer import in_bfloat16
+from haq.quantization.products import fast_products
+from haq.quantization.rounding import output_error, round_to_nearest, round_with_compensation
+from tests.architectures import ARCHITECTURES, token_ids
+
+COMPILED: dict[tuple[Any, ...], compiler.Kernel] = {}
+
+# What the error of sums may be, relative to their terms. With one bfloat16 it would be 2^-9.
+OF_16_BITS = 2.0**-17
+
+
+@pytest.fixture
+def matrices(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """As on a processor that multiplies matrices; gives how many rows each sum had."""
+    if not matmul.compiles():
+        pytest.skip("the kernels of haq[cpu] do not run here")
+    from haq.int8.llvm import outer as kernels
+
+    counts: list[int] = []
+    add_outer = kernels.add_outer
+
+    def counted(total: Tensor, terms: Any, count: int, first: int = 0) -> None:
+        counts.append(count)
+        add_outer(total, terms, count, first)
+
+    monkeypatch.setattr(kernels, "add_outer", counted)
+    monkeypatch.setattr(compiler, "_kernels", COMPILED)
+    monkeypatch.setattr(kernels, "products_here", lambda: kernels.Halves(instruction=False))
+    return counts
+
+
+def correlated_inputs(tokens: int, channels: int) -> Tensor:
+    generator = torch.Generator().manual_seed(channels)
+    few = torch.randn(tokens, max(channels // 4, 1), generator=generator)
+    inputs = few @ torch.randn(few.shape[1], channels, generator=generator)
+    inputs += 0.3 * torch.randn(tokens, channels, generator=generator)
+    inputs[:, 3] *= 40  # As channels of language models are.
+    return inputs
+
+
+def test_a_second_moment(matrices: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outer, "_TOKENS", 64)
+    integers = torch.randint(-255, 256, (150, 1120), generator=torch.Generator().manual_seed(0))
+    scale = torch.linspace(0.1, 7, 150)[:, None]
+    moment = SecondMoment(1120)
+    with in_bfloat16():
+        moment.update(integers[:100], scale[:100])
+        moment.update(integers[100:], scale[100:])
+    assert matrices == [64, 64, 36, 36, 50, 50]  # Of two parts of the matrix.
+    mean = moment.take_mean()
+    assert torch.equal(mean, mean.T)
+    inputs = integers.double() * scale.double()
+    exact = inputs.T @ inputs / 150
+    sizes = exact.diagonal().sqrt()
+    assert ((mean - exact).abs() <= OF_16_BITS * sizes * sizes[:, None]).all()
+
+
+@pytest.mark.parametrize("columns", [32, 320, 768])
+def test_what_columns_owe(columns: int, matrices: list[int]) -> None:
+    inputs = correlated_inputs(2 * columns, columns).double()
+    hessian = inputs.T @ inputs / len(inputs)
+    root = triangular_root(hessian, damping=0.01).upper
+    weight = torch.randn(96, columns, generator=torch.Generator().manual_seed(1))
+    scale = grid.row_scale(weight)
+    exact = round_with_compensation(weight.double(), scale, root)
+    with in_bfloat16():
+        rounded = round_with_compensation(weight, scale, root.float())
+    assert matrices == list(range(0, columns, 256))
+    errors = [
+        float(output_error(weight.double(), integers.double() * scale.double(), hessian))
+        for integers in (rounded, exact, round_to_nearest(weight)[0])
+    ]
+    # What other integers cost is a hundred-thousandth of what rounding to nearest does.
+    assert abs(errors[0] - errors[1]) < 1e-5 * errors[2]
+    differences = weight.double() - rounded.double() * scale.double()
+    owed = differences @ root.triu(1) / root.diagonal()
+    targets = ((weight.double() + owed) / scale.double()).clamp(-127, 127)
+    assert float((rounded.double() - targets).abs().max()) < 0.5 + 1e-3
+
+
+@pytest.mark.parametrize(
+    ("kind", "columns", "rows"),
+    [(torch.float32, 40, 32), (torch.float32, 32, 40), (torch.float64, 32, 32)],
+    ids=["columns that fill no block", "rows that do not", "float64"],
+)
+def test_all_else_is_float(kind: torch.dtype, columns: int, rows: int, matrices: list[int]) -> None:
+    weight = torch.randn(rows, columns, dtype=kind)
+    scale = grid.row_scale(weight)
+    expected = round_with_compensation(weight, scale, torch.eye(columns, dtype=kind))
+    with in_bfloat16():
+        rounded = round_with_compensation(weight, scale, torch.eye(columns, dtype=kind))
+        moment = SecondMoment(columns)
+        moment.update(weight, torch.full((rows, 1), 2.0) if columns % 32 else None)
+    exact = weight.double().T @ weight.double() / rows * (4 if columns % 32 else 1)
+    torch.testing.assert_close(moment.mean().double(), exact, rtol=1e-5, atol=1e-5)
+    assert not matrices
+    assert torch.equal(rounded, expected)
+
+
+def test_nobody_gets_it_unasked(matrices: list[int]) -> None:
+    integers, scale = torch.randint(-9, 9, (64, 64)), torch.rand(64, 1)
+    with fast_products():
+        SecondMoment(64).update(integers, scale)
+    assert matrices == [64]
+    moment = SecondMoment(64)
+    moment.update(integers, scale)
+    with matmul.use_backend("reference"), in_bfloat16():
+        moment.update(integers, scale)
+    assert matrices == [64]
+    inputs = integers.double() * scale.double()
+    exact = inputs.T @ inputs / 64
+    torch.testing.assert_close(moment.mean().double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_is_quantized_with_it(matrices: list[int]) -> None:
+    model = ARCHITECTURES["llama"]()
+    haq.quantize_model(model, [token_ids(4, 16)], progress=False)
+    assert matrices
