@@ -5,7 +5,6 @@ file has no vocabulary: tokens go in and logits come out as numbers.
 """
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,12 +91,12 @@ def _pairs_together(weight: "Tensor", heads: int) -> "Tensor":
     return halves.transpose(1, 2).reshape(weight.shape)
 
 
+def _has_amx() -> bool:
+    return b"AMX_INT8 = 1" in llama_cpp.llama_print_system_info()
+
+
 class LlamaCpp:
     """A GGUF file, loaded.
-
-    It is called in a thread of its own. Where the processor multiplies matrices, llama.cpp says in
-    each thread once how large their registers are, and others that use them, torch and haq, take
-    that back when they are done.
 
     Args:
         path: the file.
@@ -105,13 +104,13 @@ class LlamaCpp:
     """
 
     def __init__(self, path: Path, threads: int) -> None:
-        self._thread = ThreadPoolExecutor(1)
         self._quiet = llama_cpp.llama_log_callback(lambda *_: None)
         llama_cpp.llama_log_set(self._quiet, None)
         llama_cpp.llama_backend_init()
-        self._model = llama_cpp.llama_model_load_from_file(
-            str(path).encode(), llama_cpp.llama_model_default_params()
-        )
+        of_model = llama_cpp.llama_model_default_params()
+        # Its code for AMX, compiled by GCC 12, ends the process by an illegal instruction.
+        of_model.use_extra_bufts = not _has_amx()
+        self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), of_model)
         if not self._model:
             raise RuntimeError("llama.cpp cannot load the file that was written for it")
         options = llama_cpp.llama_context_default_params()
@@ -150,9 +149,6 @@ class LlamaCpp:
         llama_cpp.llama_memory_clear(self._memory, False)
 
     def _decode(self, tokens: list[int], start: int) -> "np.ndarray[Any, Any]":
-        return self._thread.submit(self._decode_here, tokens, start).result()
-
-    def _decode_here(self, tokens: list[int], start: int) -> "np.ndarray[Any, Any]":
         batch = self._batch
         batch.n_tokens = len(tokens)
         for i, token in enumerate(tokens):
