@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from haq.int8.llvm import compiler, outer
+from haq.int8.llvm import amx, compiler, outer
 from haq.int8.llvm.dots import best_of
 from haq.int8.llvm.outer import Blocks, Halves, add_outer
 
@@ -108,6 +108,22 @@ def test_what_bfloat16_leaves(way: Halves, generator: torch.Generator) -> None:
     add_outer(total, [(rest, blocks_of(ones, left=False))], 5)
     expected = (a - a.bfloat16().float()).bfloat16().double().sum(0)[:, None].expand(32, 32)
     torch.testing.assert_close(total.double(), expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("feature", "permitted", "expected"),
+    [(True, True, Halves()), (True, False, None), (False, True, None)],
+)
+def test_who_multiplies_such_matrices(
+    feature: bool, permitted: bool, expected: Halves | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outer.llvm, "get_host_cpu_features", lambda: {"amx-bf16": feature})
+    monkeypatch.setattr(amx, "permitted", lambda: permitted)
+    outer._has_instruction.cache_clear()
+    try:
+        assert outer.products_here() == expected
+    finally:
+        outer._has_instruction.cache_clear()
 
 
 def test_what_is_not_a_number_stays_so(way: Halves) -> None:

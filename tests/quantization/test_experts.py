@@ -648,6 +648,17 @@ def test_of_a_large_batch_some_tokens_stand_for_all() -> None:
         assert found == pytest.approx(15 * float(np.square(difference).sum()), rel=2e-2)
 
 
+def test_of_a_large_weight_some_rows_stand_for_all() -> None:
+    large = nn.Linear(HIDDEN, 3 * 1024 + 5, bias=False)
+    inputs = np.abs(correlated_inputs(20, HIDDEN, seed=1))
+    errors = InputErrors([large])
+    errors.update(torch.from_numpy(inputs).float())
+    some = double(large.weight)[::3]  # Each for three.
+    for asymmetric, found in ((False, errors.symmetric), (True, errors.asymmetric)):
+        difference = (on_the_grid(inputs, asymmetric) - inputs) @ some.T
+        assert found == pytest.approx(3 * float(np.square(difference).sum()), rel=2e-2)
+
+
 @pytest.mark.parametrize(
     ("pairs", "expected"),
     [
