@@ -63,6 +63,13 @@ def layers_of(model: PreTrainedModel) -> list[nn.Module]:
     return [module for module in model.modules() if may_be_layer(module)]
 
 
+@pytest.fixture(autouse=True)
+def no_attention_by_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where torch multiplies matrices of bfloat16 (AMX) a layer's own attention is torch's, which
+    rounds more than the kernels that it is compared with."""
+    monkeypatch.setattr(attention, "_MATRICES", False)
+
+
 def by_itself(model: PreTrainedModel) -> PreTrainedModel:
     """A copy whose layers go their own way."""
     twin = copy.deepcopy(model)
