@@ -3,8 +3,8 @@
 Two steps of the method are such sums, and most of its arithmetic: second moments, and what columns
 of a weight owe to those before them. A number in bfloat16 has 8 bits, which would show; so each is
 two of them, one and what that leaves, but for integers that have no more. Their products are those
-of 16 bits, and several times as fast as float32's. On other processors it is these. Which way
-depends on the kind of processor alone: a job that goes on later comes to the same integers.
+of 16 bits, and faster than float32's. On other processors it is these. Which way depends on the
+kind of processor alone: a job that goes on later comes to the same integers.
 """
 
 import contextlib
@@ -72,7 +72,7 @@ def _add_integers(total: Tensor, rows: Tensor, scale: Tensor) -> None:
     from haq.int8.llvm.outer import add_outer
 
     right = _blocks(rows, left=False)
-    terms = [(part, right) for part in _both(rows * scale.square(), left=True)]
+    terms = [(part, right) for part in _both(rows * scale.square())]
     for here, left in _parts_of(total):
         add_outer(total[here, left], terms, len(rows), here.start)
 
@@ -134,7 +134,7 @@ class _DebtsInBfloat16:
     def owed(self, shares: Tensor) -> Tensor:
         from haq.int8.llvm.outer import add_outer
 
-        (a, rest_of_a), (b, rest_of_b) = _both(shares, left=True), self._parts
+        (a, rest_of_a), (b, rest_of_b) = _both(shares), self._parts
         terms = [(a, b), (a, rest_of_b), (rest_of_a, b)]  # Of both rests it is nothing.
         total = shares.new_zeros(shares.shape[1], self._rows)
         add_outer(total, terms, len(shares))
@@ -151,9 +151,9 @@ class _DebtsInBfloat16:
         self._known += len(self._room)
 
 
-def _both(rows: Tensor, *, left: bool) -> list["Blocks"]:
-    """Numbers in bfloat16, and what is left of them."""
-    return [_blocks(rows, left=left, rest=rest) for rest in _PARTS]
+def _both(rows: Tensor) -> list["Blocks"]:
+    """Numbers in bfloat16, and what is left of them, on the left side."""
+    return [_blocks(rows, left=True, rest=rest) for rest in _PARTS]
 
 
 def _blocks(rows: Tensor, *, left: bool, rest: bool = False) -> "Blocks":

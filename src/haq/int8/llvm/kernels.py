@@ -26,7 +26,18 @@ from haq.int8.llvm.calls import CALL, GROUP, Told
 from haq.int8.llvm.dots import Dots
 from haq.int8.llvm.endings import Ending
 from haq.int8.llvm.rounding import Rounding
-from haq.int8.llvm.words import FLOAT, I8, I64, POINTER, Code, Type, Value, bytes_of, number
+from haq.int8.llvm.words import (
+    FLOAT,
+    I8,
+    I64,
+    POINTER,
+    Code,
+    Type,
+    Value,
+    bytes_of,
+    number,
+    quotient_up,
+)
 
 # Of the tokens that wait for rows: they share the cache with these.
 _WAITING_BYTES = 2**15
@@ -182,9 +193,9 @@ def _work_on(
     told = Told(code, group, GROUP)
     first, last, rows = told["first"], told["last"], call["rows"]
     chunk, block = call["chunk"], call["block"]
-    chunks = _quotient_up(code, rows, chunk)
+    chunks = quotient_up(code, rows, chunk)
     start = code.value(before, I64)
-    items = code.mul(chunks, _quotient_up(code, code.sub(last, first), block))
+    items = code.mul(chunks, quotient_up(code, code.sub(last, first), block))
     end = code.add(start, items)
     with code.repeat(lambda: code.icmp_signed("<", code.value(taken, I64), end)):
         here = code.sub(code.value(taken, I64), start)
@@ -195,7 +206,3 @@ def _work_on(
         code.call(item, [base, group, row, to_row, token, to_token])
         code.store(threads.take(code, call.place("counter"), number(1)), taken)
     code.store(end, before)
-
-
-def _quotient_up(code: Code, a: Value, b: Value) -> Value:
-    return code.sdiv(code.add(a, code.sub(b, number(1))), b)

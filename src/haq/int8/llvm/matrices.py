@@ -16,7 +16,18 @@ from haq.int8.llvm.amx import DEPTH, SIDE, registers
 from haq.int8.llvm.calls import CALL, GROUP, Told
 from haq.int8.llvm.dots import Dots
 from haq.int8.llvm.endings import Ending, Finish
-from haq.int8.llvm.words import I8, I32, I64, POINTER, Code, Value, ask_for, number, vector
+from haq.int8.llvm.words import (
+    I8,
+    I32,
+    I64,
+    POINTER,
+    Code,
+    Value,
+    ask_for,
+    number,
+    quotient_up,
+    vector,
+)
 
 AT_ONCE = 2
 """Registers of rows that are multiplied with as many of tokens; their sums fill half of all."""
@@ -129,11 +140,9 @@ class _Ahead:
         end = code.add(row, code.add(distance, call["chunk"]))
         exists = code.icmp_signed("<=", end, call["rows"])
         self._rows = code.address(rows, code.mul(distance, self._width), I8)
-        blocks = code.sdiv(code.add(tokens, number(STEP - 1)), number(STEP))
+        blocks = quotient_up(code, tokens, number(STEP))
         several = code.icmp_signed(">", blocks, number(1))
-        share = code.sdiv(
-            code.add(blocks, number(STEP - 1)), code.select(several, blocks, number(1))
-        )
+        share = quotient_up(code, number(STEP), blocks)  # There is one token at least.
         self._share = code.select(code.and_(exists, several), share, number(0))
 
     def part(self, row: Value, token: Value, tall: int, left: Value) -> list[Value]:

@@ -30,6 +30,7 @@ from haq.int8.llvm.words import (
     Value,
     lanes_of,
     number,
+    quotient_up,
     vector,
 )
 
@@ -235,8 +236,8 @@ def _multiplying(products: Halves) -> ir.Module:
     call = Told(code, base, _MULTIPLY)
     amx.configure(code, products)
     square, wide = _Square(code, base, call, products), call["wide"]
-    pieces = _quotient_up(code, call["rows"], number(_LEFT))
-    all_pieces = code.mul(pieces, _quotient_up(code, call["columns"], wide))
+    pieces = quotient_up(code, call["rows"], number(_LEFT))
+    all_pieces = code.mul(pieces, quotient_up(code, call["columns"], wide))
     with threads.pieces(code, call.place("counter"), number(1), all_pieces) as (piece, _):
         top = code.mul(code.srem(piece, pieces), number(_LEFT))
         bottom = code.smaller(call["rows"], code.add(top, number(_LEFT)))
@@ -289,7 +290,3 @@ class _Square:
         place = code.mul(nth, term[f"{side}_apart"])
         place = code.add(place, code.mul(step, number(_BLOCK)))
         return code.address(term[side], place, I8)
-
-
-def _quotient_up(code: Code, a: Value, b: Value) -> Value:
-    return code.sdiv(code.add(a, code.sub(b, number(1))), b)

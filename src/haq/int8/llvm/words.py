@@ -108,6 +108,11 @@ class Code(ir.IRBuilder):  # type: ignore[misc]
         return self.select(self.icmp_signed("<", a, b), a, b)
 
 
+def quotient_up(code: Code, a: Value, b: Value) -> Value:
+    """``a / b``, rounded up; both are positive."""
+    return code.sdiv(code.add(a, code.sub(b, number(1))), b)
+
+
 def larger(code: Code, a: Value, b: Value) -> Value:
     """Of integers without a sign."""
     return code.select(code.icmp_unsigned(">", a, b), a, b)
