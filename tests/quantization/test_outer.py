@@ -18,9 +18,6 @@ from tests.architectures import ARCHITECTURES, token_ids
 
 COMPILED: dict[tuple[Any, ...], compiler.Kernel] = {}
 
-# What the error of sums may be, relative to their terms. With one bfloat16 it would be 2^-9.
-OF_16_BITS = 2.0**-17
-
 
 @pytest.fixture
 def matrices(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -60,12 +57,26 @@ def test_a_second_moment(matrices: list[int], monkeypatch: pytest.MonkeyPatch) -
         moment.update(integers[:100], scale[:100])
         moment.update(integers[100:], scale[100:])
     assert matrices == [64, 64, 36, 36, 50, 50]  # Of two parts of the matrix.
-    mean = moment.take_mean()
-    assert torch.equal(mean, mean.T)
-    inputs = integers.double() * scale.double()
-    exact = inputs.T @ inputs / 150
+    mean = moment.mean()
+    # A token counts as a bfloat16 says; sums have no error but that of float32.
+    weights = scale.square().bfloat16().double()
+    exact = (integers * weights).T @ integers.double() / 150
     sizes = exact.diagonal().sqrt()
-    assert ((mean - exact).abs() <= OF_16_BITS * sizes * sizes[:, None]).all()
+    assert ((mean - exact).abs() <= 2.0**-20 * sizes * sizes[:, None]).all()
+    assert ((weights / scale.double().square() - 1).abs() <= 2.0**-8).all()
+
+
+def test_a_token_that_is_thousands_of_times_as_large_needs_no_damping(matrices: list[int]) -> None:
+    """Its channels leave the others at zero, and what is left of one after another at nothing."""
+    channels = 4096
+    integers = torch.zeros(32, channels)
+    generator = torch.Generator().manual_seed(1)
+    integers[0, ::512] = torch.randint(20, 128, (8,), generator=generator).float()
+    moment = SecondMoment(channels)
+    with in_bfloat16():
+        moment.update(integers, torch.full((32, 1), 23.4567))
+    assert matrices == [32] * 4
+    assert triangular_root(moment.take_mean(), damping=1e-4).damping == 1e-4
 
 
 @pytest.mark.parametrize("columns", [32, 320, 768])

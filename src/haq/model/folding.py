@@ -170,7 +170,7 @@ def scale_rows(
     applied = factors
     if dtype is None:
         by_row = factors[:, None] if weight.dim() == 2 else factors
-        weight.copy_((offset + weight) * by_row - offset)
+        weight.add_(offset).mul_(by_row).sub_(offset) if offset else weight.mul_(by_row)
     else:
         multiplier = offset + weight
         weight.copy_(((multiplier * factors) - offset).to(dtype))

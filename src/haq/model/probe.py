@@ -6,7 +6,7 @@ from haq.model.blocks import BlockBatch, BlockCall, map_tensors, run_block
 from haq.model.folding import same_in_block
 
 # Of each sequence.
-_TOKENS = 64
+_TOKENS = 32
 
 # What a block may raise when a size only looked like the length of the sequences.
 _DOES_NOT_FIT = (IndexError, RuntimeError, TypeError, ValueError)
@@ -24,7 +24,7 @@ def shortened(block: nn.Module, batch: BlockBatch) -> BlockBatch:
         batch: in float32.
 
     Returns:
-        The batch with 64 tokens of each sequence, or ``batch`` itself.
+        The batch with 32 tokens of each sequence, or ``batch`` itself.
     """
     if batch.hidden.shape[1] < 2 * _TOKENS or not bool(batch.mask[:, :_TOKENS].all()):
         return batch

@@ -64,12 +64,14 @@ class SecondMoment:
     def take_mean(self) -> Tensor:
         """`mean` in the memory of the sum, which is gone: the second call has nothing to give.
 
+        Right of the diagonal there is anything: `triangular_root` does not look.
+
         Raises:
             RuntimeError: it was taken before.
         """
         if self._sum.numel() == 0:
             raise RuntimeError("The second moment was taken already.")
-        mean = _mirrored(self._sum.div_(max(self.tokens, 1)))
+        mean = self._sum.div_(max(self.tokens, 1))
         self._sum = torch.empty(0)
         return mean
 
@@ -107,7 +109,8 @@ def triangular_root(hessian: Tensor, damping: float, *, use_up: bool = False) ->
     separates it from the others, so it neither receives nor causes compensation.
 
     Args:
-        hessian: ``[K, K]`` float32 or float64, symmetric, finite; unchanged.
+        hessian: ``[K, K]`` float32 or float64, symmetric, finite; unchanged. What is right of the
+            diagonal is not read.
         damping: fraction of the mean diagonal to start with, positive.
         use_up: give the memory of ``hessian`` back as soon as it is factored.
 
@@ -126,11 +129,11 @@ def triangular_root(hessian: Tensor, damping: float, *, use_up: bool = False) ->
     attempts += [(_LARGEST_DAMPING, floor) for floor in _DIAGONAL_FLOORS]
     for level, floor in attempts:
         raised = diagonal.clamp(min=floor * diagonal.max()) + level * mean
-        root = _reversed_root(hessian, torch.where(dead, 1.0, raised))
-        if root is not None:
+        lower = _root(hessian, torch.where(dead, 1.0, raised))
+        if lower is not None:
             if use_up:
                 hessian.untyped_storage().resize_(0)
-            return Root(root.flip(0, 1), level, floor)
+            return Root(lower.T, level, floor)
     return None
 
 
@@ -141,19 +144,35 @@ def _damping_levels(first: float) -> list[float]:
     return levels
 
 
-# ``M = R R^T`` with R upper triangular is a Cholesky factorization from the last row up. With J,
-# which reverses the order, that is the usual one: ``J M J = L L^T`` with ``R = J L J``. In memory
-# are at most two matrices at a time, the one that is given among them if it is used up: for an
-# expert of Mixtral each takes 822 MB.
+# ``M = R R^T`` with R upper triangular is a Cholesky factorization from the last row up. It is made
+# in the memory of a copy of M, where R^T takes the place of what is left of the diagonal, some rows
+# at a time. So there are two matrices at most: for an expert of Mixtral each takes 822 MB. LAPACK
+# alone would want M turned around, and would clear the other half slowly.
+_ROWS_OF_ROOT = 512
 
 
-def _reversed_root(matrix: Tensor, diagonal: Tensor) -> Tensor | None:
-    """L of ``matrix`` with another diagonal, or None if that is not positive definite."""
-    # Transposed, which changes nothing else, it is column by column: LAPACK need not copy it.
-    reversed_ = matrix.flip(0, 1).mT
-    reversed_.diagonal().copy_(diagonal.flip(0))
-    info = torch.empty(0, dtype=torch.int32, device=matrix.device)
-    lower, failed = torch.linalg.cholesky_ex(reversed_, out=(reversed_, info))
-    # Both ends are NaN where there is one; `isfinite` of all would take another matrix.
-    finite = bool(lower.amin().isfinite()) and bool(lower.amax().isfinite())
-    return lower if finite and not failed else None
+def _root(matrix: Tensor, diagonal: Tensor) -> Tensor | None:
+    """R^T of ``matrix`` with another diagonal, or None if that is not positive definite."""
+    lower = matrix.clone()
+    lower.diagonal().copy_(diagonal)
+    for stop in range(len(lower), 0, -_ROWS_OF_ROOT):
+        here, behind = slice(max(stop - _ROWS_OF_ROOT, 0), stop), slice(stop, None)
+        before = slice(here.start)
+        if stop < len(lower):
+            lower[here, :stop] -= lower[behind, here].T @ lower[behind, :stop]
+            lower[here, behind] = 0
+        triangle = _root_of_few(lower[here, here])
+        if triangle is None:
+            return None
+        lower[here, here] = triangle
+        rest = torch.linalg.solve_triangular(triangle.T, lower[here, before], upper=True)
+        lower[here, before] = rest
+    return lower
+
+
+def _root_of_few(matrix: Tensor) -> Tensor | None:
+    # With J, which reverses the order, it is the usual one: ``J M J = L L^T``, ``R = J L J``.
+    usual, failed = torch.linalg.cholesky_ex(matrix.flip(0, 1).mT)
+    # What is NaN or infinite anywhere has come to a diagonal by the time that is factored.
+    finite = bool(usual.diagonal().isfinite().all())
+    return usual.mT.flip(0, 1) if finite and not failed else None
