@@ -1,7 +1,7 @@
 """Sums of outer products of rows: in bfloat16 where the processor multiplies matrices of that.
 
-Two steps of the method are such sums, and most of its arithmetic: second moments, and what columns
-of a weight owe to those before them. A number in bfloat16 has 8 bits, which would show; so each is
+Three steps of the method are such sums, and most of its arithmetic: second moments, what columns of
+a weight owe to those before them, and what a linear computes for many tokens. A number in bfloat16 has 8 bits, which would show; so each is
 two of them, one and what that leaves, but for integers that have no more. Their products are those
 of 16 bits, and faster than float32's. On other processors it is these. Which way depends on the
 kind of processor alone: a job that goes on later comes to the same integers.
@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from haq.int8 import matmul
 
 if TYPE_CHECKING:  # It needs llvmlite.
-    from haq.int8.llvm.outer import Blocks
+    from haq.int8.llvm.packing import Blocks
 
 ROWS_AT_ONCE = 1024
 """Of a symmetric sum only the part left of the diagonal is computed, so many rows at a time."""
@@ -28,6 +29,9 @@ _TOKENS = 2048
 
 # A number in bfloat16, and what is left of it.
 _PARTS = (False, True)
+
+# With fewer tokens it takes longer to lay out a weight than to multiply it.
+_WORTH_BLOCKS = 256
 
 # Columns are a multiple of it, or the sum is of float32.
 _STEP = 32
@@ -81,6 +85,33 @@ def _add_integers(total: Tensor, rows: Tensor, scale: Tensor) -> None:
         add_outer(total[here, left], terms, len(rows), here.start)
 
 
+def linear(inputs: Tensor, weight: Tensor) -> Tensor | None:
+    """``x @ weight.T`` of many tokens, where a weight is bfloat16's; None if float32 is to do it.
+
+    Of a weight that is not, a second part would take as long as float32.
+
+    Args:
+        inputs: ``[T, K]``.
+        weight: ``[N, K]``.
+
+    Returns:
+        Float32 ``[T, N]``.
+    """
+    if len(inputs) < _WORTH_BLOCKS or not _serves(inputs, weight, weight.T):
+        return None
+    if not torch.equal(weight[0], weight[0].bfloat16().float()):
+        return None
+    from haq.int8.llvm.outer import add_outer
+
+    by_column = _blocks(weight.T, left=False)
+    if not by_column.exact:
+        return None
+    tokens = functional.pad(inputs, (0, 0, 0, -len(inputs) % _STEP)).T
+    total = inputs.new_zeros(tokens.shape[1], len(weight))
+    add_outer(total, [(part, by_column) for part in _both(tokens)], len(tokens))
+    return total[: len(inputs)]
+
+
 class Debts(Protocol):
     """What columns of a weight owe to those before them."""
 
@@ -128,7 +159,7 @@ class _Debts:
 
 class _DebtsInBfloat16:
     def __init__(self, weight: Tensor) -> None:
-        from haq.int8.llvm.outer import Blocks
+        from haq.int8.llvm.packing import Blocks
 
         self._rows, columns = weight.shape
         self._parts = [Blocks(columns, self._rows, left=False, rest=rest) for rest in _PARTS]
@@ -161,7 +192,7 @@ def _both(rows: Tensor) -> list["Blocks"]:
 
 
 def _blocks(rows: Tensor, *, left: bool, rest: bool = False) -> "Blocks":
-    from haq.int8.llvm.outer import Blocks
+    from haq.int8.llvm.packing import Blocks
 
     blocks = Blocks(*rows.shape, left=left, rest=rest)
     blocks.put(rows)
@@ -172,7 +203,12 @@ def _serves(*tensors: Tensor) -> bool:
     """Whether these, and what they are multiplied with, may be of bfloat16."""
     kind = all(t.is_cpu and t.dtype == torch.float32 for t in tensors)
     sizes = all(t.shape[1] % _STEP == 0 for t in tensors)
-    if not (_allowed.get() and kind and sizes and matmul.compiles()):
+    return _allowed.get() and kind and sizes and is_served_here()
+
+
+def is_served_here() -> bool:
+    """Whether the processor multiplies matrices of bfloat16, and haq's kernels are what runs."""
+    if not matmul.compiles():
         return False
     from haq.int8.llvm import outer
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from haq.quantization.outer import in_bfloat16
+from haq.quantization import outer
 
 # Products of fewer multiplications take longer to hand over than to compute.
 _WORTH_IT = 2**20
@@ -34,7 +34,7 @@ _CPU_INFO = Path("/proc/cpuinfo")
 def fast_products() -> Iterator[None]:
     """Products of float32 matrices on the CPU take the faster way: a context, and a decorator.
 
-    So do those of `haq.quantization.outer`.
+    So do those of `haq.quantization.outer`, layers of many tokens among them.
 
     Examples:
         >>> with fast_products():
@@ -42,12 +42,20 @@ def fast_products() -> Iterator[None]:
         tensor([[3., 3.],
                 [3., 3.]])
     """
-    ours = _FastProducts() if _onednn_is_faster() else contextlib.nullcontext()
-    with in_bfloat16(), ours:
+    ours = _faster_products()
+    with outer.in_bfloat16(), _FastProducts(ours) if ours else contextlib.nullcontext():
         yield
 
 
+_Products = Mapping[Any, Callable[..., Tensor | None]]
+"""What computes instead of functions of torch; None of it, where torch is to."""
+
+
 class _FastProducts(TorchFunctionMode):
+    def __init__(self, ours: _Products) -> None:
+        super().__init__()
+        self._ours = ours
+
     def __torch_function__(
         self,
         func: Callable[..., Any],
@@ -55,7 +63,7 @@ class _FastProducts(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        ours = _OURS.get(func)
+        ours = self._ours.get(func)
         if ours is not None and not kwargs:
             result = ours(*args)
             if result is not None:
@@ -65,16 +73,31 @@ class _FastProducts(TorchFunctionMode):
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
     """``x @ weight.T + bias``, ``x`` ``[..., K]`` and ``weight`` ``[N, K]``; None if not served."""
-    given = (x, weight) if bias is None else (x, weight, bias)
-    if not all(_plain(tensor) for tensor in given) or weight.dim() != 2 or x.dim() < 2:
-        return None
-    if x.numel() * len(weight) < _WORTH_IT:
+    if not _served(x, weight, bias):
         return None
     rows = x.reshape(-1, x.shape[-1])
     product: Tensor = torch.ops.mkldnn._linear_pointwise(
         _filled(rows, _STEP), _filled(weight, 1), bias, "none", [], ""
     )
     return product[: len(rows)].view(*x.shape[:-1], len(weight))
+
+
+def _layer(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    """`_linear` in bfloat16."""
+    if not _served(x, weight, bias):
+        return None
+    product = outer.linear(x.reshape(-1, x.shape[-1]), weight)
+    if product is None:
+        return None
+    product = product if bias is None else product.add_(bias)
+    return product.view(*x.shape[:-1], len(weight))
+
+
+def _served(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    given = (x, weight) if bias is None else (x, weight, bias)
+    if not all(_plain(tensor) for tensor in given) or weight.dim() != 2 or x.dim() < 2:
+        return False
+    return x.numel() * len(weight) >= _WORTH_IT
 
 
 def _filled(matrix: Tensor, step: int) -> Tensor:
@@ -98,13 +121,22 @@ def _addmm(total: Tensor, a: Tensor, b: Tensor) -> Tensor | None:
     return None if product is None else total.add_(product)
 
 
-_OURS: dict[Any, Callable[..., Tensor | None]] = {
+_BY_ONEDNN: _Products = {
     functional.linear: _linear,
     torch.matmul: _matmul,
     torch.Tensor.matmul: _matmul,
     torch.Tensor.__matmul__: _matmul,
     torch.Tensor.addmm_: _addmm,
 }
+
+
+_IN_BFLOAT16: _Products = {functional.linear: _layer}
+
+
+def _faster_products() -> _Products:
+    if _onednn_is_faster():
+        return _BY_ONEDNN
+    return _IN_BFLOAT16 if outer.is_served_here() else {}
 
 
 def _plain(tensor: Tensor) -> bool:

@@ -40,7 +40,7 @@ _ADDRESSES |= {"query", "key", "value", "mask", "scores", "room"}  # of attentio
 _ADDRESSES |= {"a", "b", "cos", "sin", "turned_query", "turned_key", "placed_value"}
 _ADDRESSES |= {"chosen"}  # of a router
 _ADDRESSES |= {"factors", "shares", "owed", "differences"}  # of rounding a weight
-_ADDRESSES |= {"floats", "left", "right"}  # of sums of outer products
+_ADDRESSES |= {"floats", "beyond", "left", "right"}  # of sums of outer products
 
 
 class Told:

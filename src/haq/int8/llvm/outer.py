@@ -1,10 +1,8 @@
 """Sums of outer products of rows, ``sum_t a_t b_t^T``, where the processor multiplies matrices.
 
-That is what second moments are, and what is owed to columns that are rounded already. Rows are
-float32; they are rounded to bfloat16, and added up in float32. Two numbers of a column, one below
-the other, become a pair of 4 bytes, and 16 columns of 32 rows a block, as large as a register for
-matrices. The processor wants pairs of a column side by side on the left, and those of two rows on
-the right.
+That is what second moments are, what is owed to columns that are rounded already, and what a layer
+computes. Rows are float32; they are rounded to bfloat16, in `haq.int8.llvm.packing`, and added up
+in float32.
 """
 
 import functools
@@ -16,30 +14,11 @@ import torch
 from llvmlite import ir
 from torch import Tensor
 
-from haq.int8.llvm import amx, compiler, floats, layout, threads
-from haq.int8.llvm.amx import DEPTH, SIDE
+from haq.int8.llvm import amx, compiler, threads
+from haq.int8.llvm.amx import SIDE
 from haq.int8.llvm.calls import Told
-from haq.int8.llvm.words import (
-    FLOAT,
-    I8,
-    I16,
-    I32,
-    I64,
-    POINTER,
-    Code,
-    Value,
-    lanes_of,
-    number,
-    quotient_up,
-    vector,
-)
-
-STEP = 2 * SIDE
-"""Columns are a multiple of it. A block has as many rows."""
-
-_BLOCK = SIDE * DEPTH
-
-_LINE = vector(I32, SIDE)
+from haq.int8.llvm.packing import BLOCK, STEP, Blocks
+from haq.int8.llvm.words import FLOAT, I8, I32, I64, POINTER, Code, Value, number, quotient_up, vector
 
 # Registers of left columns that are multiplied with as many of right ones.
 _AT_ONCE = 2
@@ -49,15 +28,6 @@ _AT_ONCE = 2
 # those of two blocks of right columns, one pair after the other, in the nearest one.
 _LEFT, _RIGHT, _STEPS = 256, 512, 16
 _PIECES_PER_THREAD = 4
-
-_PACK = (
-    "floats",  # [T, N], rows `stride` apart; or columns, if these lie in one piece each
-    "count",  # T
-    "columns",  # N
-    "stride",
-    "blocks",  # room for the first block that is written
-    "apart",  # bytes from the blocks of 16 columns to those of the next 16
-)
 
 _MULTIPLY = (
     "steps",  # blocks of rows
@@ -105,48 +75,6 @@ def _upper(code: Code, pairs: Value) -> Value:
     return code.bitcast(code.and_(pairs, number(-(2**16), pairs.type)), vector(FLOAT, SIDE))
 
 
-class Blocks:
-    """Rows in bfloat16, as they are multiplied.
-
-    Args:
-        count: rows that there is room for.
-        columns: a multiple of `STEP`.
-        left: on which side they will be.
-        rest: not the rows, but what their numbers are more than those in bfloat16. With it a
-            number has 16 bits.
-
-    Examples:
-        >>> from haq.int8.llvm.outer import Blocks
-        >>> Blocks(100, 64, left=True).steps
-        4
-    """
-
-    def __init__(self, count: int, columns: int, *, left: bool, rest: bool = False) -> None:
-        self._left, self._rest, self.steps = left, rest, -(-count // STEP)
-        size = columns // SIDE * self.steps * _BLOCK
-        self._memory = torch.empty(size + DEPTH, dtype=torch.uint8)
-        self.address = -(-self._memory.data_ptr() // DEPTH) * DEPTH
-
-    @property
-    def apart(self) -> int:
-        """Bytes from the blocks of 16 columns to those of the next 16."""
-        return self.steps * _BLOCK
-
-    def put(self, rows: Tensor, first: int = 0) -> None:
-        """Write rows; up to a multiple of `STEP`, zeros behind them.
-
-        Args:
-            rows: float32 ``[T, N]`` on the CPU.
-            first: where, a multiple of `STEP`.
-        """
-        at = self.address + first // STEP * _BLOCK
-        turned = self._left and rows.stride(0) == 1 and len(rows) % STEP == 0
-        if not turned and rows.stride(1) != 1:
-            rows = rows.contiguous()
-        places = [rows.data_ptr(), *rows.shape, rows.stride(int(turned)), at, self.apart]
-        compiler.run(_packing, (self._left, self._rest, turned), places)
-
-
 def add_outer(
     total: Tensor, terms: Sequence[tuple[Blocks, Blocks]], count: int, first: int = 0
 ) -> None:
@@ -176,57 +104,6 @@ def products_here() -> Halves | None:
 @functools.cache
 def _has_instruction() -> bool:
     return bool(llvm.get_host_cpu_features().get("amx-bf16")) and amx.permitted()
-
-
-def _packing(left: bool, rest: bool, turned: bool) -> ir.Module:
-    """Threads take 16 columns in turn."""
-    module = ir.Module()
-    code = Code(module, "run", [POINTER], internal=False)
-    call = Told(code, code.parameters[0], _PACK)
-    thread, count = threads.number_and_count(code)
-    first, step = (code.mul(value, number(SIDE)) for value in (thread, count))
-    with code.loop(first, call["columns"], step) as column:
-        nth = code.sdiv(column, number(SIDE))
-        blocks = code.address(call["blocks"], code.mul(nth, call["apart"]), I8)
-        with code.loop(number(0), call["count"], STEP) as row:
-            block = code.address(blocks, code.mul(row, number(_BLOCK // STEP)), I8)
-            read = _of_column if turned else _pairs
-            lines = [read(code, call, row, index, column, rest) for index in range(SIDE)]
-            if left and not turned:
-                lines = layout.transposed(code, lines)
-            for index, line in enumerate(lines):
-                code.store(line, code.address(block, number(index), _LINE))
-    code.ret_void()
-    return module
-
-
-def _pairs(code: Code, call: Told, row: Value, index: int, column: Value, rest: bool) -> Value:
-    """Of 16 columns what two rows have, the second one's in the upper half; 0 behind the last."""
-    halves = []
-    for each in (2 * index, 2 * index + 1):
-        here = code.add(row, number(each))
-        exists = code.icmp_signed("<", here, call["count"])
-        place = code.mul(code.select(exists, here, row), call["stride"])
-        value = code.read(call["floats"], code.add(place, column), FLOAT, SIDE)
-        halves.append(code.select(exists, _half(code, value, rest), number(0, _LINE)))
-    return code.or_(code.lshr(halves[0], number(16, _LINE)), halves[1])
-
-
-def _of_column(code: Code, call: Told, row: Value, index: int, column: Value, rest: bool) -> Value:
-    """Of a column as many rows as a block has, side by side."""
-    start = code.add(code.mul(code.add(column, number(index)), call["stride"]), row)
-    values = code.read(call["floats"], start, FLOAT, STEP)
-    bits = _half(code, values, rest)
-    halves = code.trunc(code.lshr(bits, number(16, bits.type)), vector(I16, STEP))
-    return code.bitcast(halves, _LINE)
-
-
-def _half(code: Code, values: Value, rest: bool) -> Value:
-    """The bits of numbers in bfloat16, as float32; or of what these leave."""
-    if rest:
-        values = code.fsub(values, floats.rounded(code, "bfloat16", values))
-    rounded = floats.rounded(code, "bfloat16", values)
-    return code.bitcast(rounded, vector(I32, lanes_of(values.type)))
 
 
 def _multiplying(products: Halves) -> ir.Module:
@@ -288,5 +165,5 @@ class _Square:
         code = self._code
         nth = code.add(code.sdiv(first, number(SIDE)), number(index))
         place = code.mul(nth, term[f"{side}_apart"])
-        place = code.add(place, code.mul(step, number(_BLOCK)))
+        place = code.add(place, code.mul(step, number(BLOCK)))
         return code.address(term[side], place, I8)
