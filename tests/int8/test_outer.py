@@ -100,6 +100,35 @@ def test_columns_that_lie_in_one_piece(way: Halves, generator: torch.Generator) 
     torch.testing.assert_close(total.double(), exact(a, a), rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("rows", [64, 40])
+def test_columns_that_lie_in_one_piece_on_the_right(
+    rows: int, way: Halves, generator: torch.Generator
+) -> None:
+    a = torch.randn(rows, 96, generator=generator)
+    weight = torch.randn(128, rows + 3, generator=generator)[:, :rows]
+    total = torch.zeros(96, 128)
+    add_outer(total, [(blocks_of(a, left=True), blocks_of(weight.T, left=False))], rows)
+    torch.testing.assert_close(total.double(), exact(a, weight.T), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("place", [(0, 0), (31, 40), (74, 95), (3, 17)], ids=str)
+@pytest.mark.parametrize("turned", [False, True], ids=["rows", "columns"])
+def test_whether_bfloat16_holds_them(
+    place: tuple[int, int], turned: bool, way: Halves, generator: torch.Generator
+) -> None:
+    rows = torch.randn(96 if turned else 75, 96, generator=generator).bfloat16().float()
+    given = rows.T.contiguous().T if turned else rows
+    assert blocks_of(given, left=False).exact
+    given[place] = 1 + 2.0**-9
+    blocks = blocks_of(given, left=False)
+    assert not blocks.exact
+    blocks.put(rows if turned else rows.clone())
+    assert not blocks.exact  # Of all that was written.
+    rest = Blocks(*rows.shape, left=False, rest=True)
+    rest.put(given)
+    assert rest.exact  # A rest has none.
+
+
 def test_what_bfloat16_leaves(way: Halves, generator: torch.Generator) -> None:
     a, ones = torch.randn(5, 32, generator=generator), torch.ones(5, 32)
     rest = Blocks(5, 32, left=True, rest=True)

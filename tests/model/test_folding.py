@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from haq.model.experts import unfuse
-from haq.model.folding import Producer, fold, fold_reversibly, keep_parameters, same_function
+from haq.model.folding import Producer, fold, keep_parameters, same_function
 from tests.model.toys import EXPERTS, HIDDEN, INNER, Fused, Mixture, Normed, OnePlusNorm, Residual
 
 # --- Into linears and norms -----------------------------------------------------------------------
@@ -35,7 +35,7 @@ def test_folding_into_a_16_bit_norm_is_as_exact_as_into_a_32_bit_one(
     scale = torch.linspace(0.3, 7.0, HIDDEN)
 
     producer = Producer("norm", torch.arange(HIDDEN), offset)
-    applied = fold(block, producer, ("fc",), scale, dtype)
+    applied = fold(block, producer, ("fc",), scale, dtype).applied
 
     # Stored in 16 bits, the weight is the one that was folded.
     assert torch.equal(norm.weight, norm.weight.to(dtype).float())
@@ -132,7 +132,7 @@ def test_a_fold_into_a_norm_is_taken_back_to_the_bit(offset: float, dtype: torch
     before = parameters_of(block)
     producer = Producer("norm", torch.arange(HIDDEN), offset)
     # Thirds: what is multiplied by them does not come back by division.
-    folded = fold_reversibly(block, producer, ("fc",), torch.arange(1.0, HIDDEN + 1) / 3, dtype)
+    folded = fold(block, producer, ("fc",), torch.arange(1.0, HIDDEN + 1) / 3, dtype)
     assert changed(block, before) >= {"norm.weight", "fc.weight"}
     folded.undo()
     assert changed(block, before) == set()
@@ -145,7 +145,7 @@ def test_a_fold_into_a_linear_is_taken_back_to_the_bit(kind: type[nn.Module]) ->
         block.fc1, block.fc2 = Conv1D(INNER, HIDDEN), Conv1D(HIDDEN, INNER)
         nn.init.normal_(block.fc1.bias)
     before = parameters_of(block)
-    folded = fold_reversibly(
+    folded = fold(
         block,
         Producer("fc1", torch.arange(INNER)),
         ("fc2",),
@@ -161,7 +161,7 @@ def test_a_fold_into_a_linear_is_taken_back_to_the_bit(kind: type[nn.Module]) ->
 def test_a_fold_by_powers_of_two_into_experts_is_taken_back_to_the_bit(form: Callable) -> None:
     block = Mixture(form)
     before = parameters_of(block)
-    folded = fold_reversibly(block, NORM, READERS, POWERS_OF_TWO, torch.float32)
+    folded = fold(block, NORM, READERS, POWERS_OF_TWO, torch.float32)
     assert len(changed(block, before)) > 4
     folded.undo()
     assert changed(block, before) == set()
@@ -170,19 +170,28 @@ def test_a_fold_by_powers_of_two_into_experts_is_taken_back_to_the_bit(form: Cal
 def test_a_fold_by_any_scale_is_taken_back_to_the_bit_but_for_experts() -> None:
     block = Mixture(unfuse)
     before = parameters_of(block)
-    folded = fold_reversibly(
-        block, NORM, READERS, torch.arange(1.0, HIDDEN + 1) / 3, torch.bfloat16
-    )
+    folded = fold(block, NORM, READERS, torch.arange(1.0, HIDDEN + 1) / 3, torch.bfloat16)
     folded.undo()
     # Multiplied and divided by the same number: one ulp at most.
     assert {name.partition(".")[0] for name in changed(block, before)} <= {"experts"}
     torch.testing.assert_close(parameters_of(block), before, rtol=2e-7, atol=0)
 
 
+def test_what_powers_of_two_did_is_taken_back_without_a_copy() -> None:
+    block = Residual()
+    scale = 2.0 ** (torch.arange(INNER) % 5 - 2)
+    folded = fold(block, Producer("fc1", torch.arange(INNER)), ("fc2",), scale, torch.float32)
+    for layer in (block.fc1, block.fc2):
+        layer.weight.data.fill_(3.0)
+    folded.undo()
+    assert torch.equal(block.fc1.weight, (3 * scale[:, None]).expand_as(block.fc1.weight))
+    assert torch.equal(block.fc2.weight, (3 / scale).expand_as(block.fc2.weight))
+
+
 def test_what_is_taken_back_is_no_copy_of_the_experts() -> None:
     """It would be as large as the layer."""
     block = Mixture(unfuse)
-    folded = fold_reversibly(block, NORM, READERS, POWERS_OF_TWO, torch.float32)
+    folded = fold(block, NORM, READERS, POWERS_OF_TWO, torch.float32)
     matrix = block.experts.expert(1).up.weight
     matrix.data.fill_(3.0)
     folded.undo()

@@ -413,7 +413,7 @@ def test_the_float_block_is_left_alone(config: QuantizationConfig) -> None:
     [
         (block_module, "find_groups"),
         (work_module, "choose_scale"),
-        (work_module, "fold_reversibly"),
+        (work_module, "fold"),
         (work_module, "same_in_block"),
         (work_module, "zero_point_pays"),
         (work_module, "update_quantized"),

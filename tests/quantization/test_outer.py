@@ -9,7 +9,7 @@ from torch import Tensor
 import haq
 from haq.int8 import grid, matmul
 from haq.int8.llvm import compiler
-from haq.quantization import outer
+from haq.quantization import outer, products
 from haq.quantization.hessian import SecondMoment, triangular_root
 from haq.quantization.outer import in_bfloat16
 from haq.quantization.products import fast_products
@@ -36,6 +36,8 @@ def matrices(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(kernels, "add_outer", counted)
     monkeypatch.setattr(compiler, "_kernels", COMPILED)
     monkeypatch.setattr(kernels, "products_here", lambda: kernels.Halves(instruction=False))
+    monkeypatch.setattr(products, "_onednn_is_faster", lambda: False)
+    monkeypatch.setattr(products, "_WORTH_IT", 1)
     return counts
 
 
@@ -77,6 +79,48 @@ def test_a_token_that_is_thousands_of_times_as_large_needs_no_damping(matrices: 
         moment.update(integers, torch.full((32, 1), 23.4567))
     assert matrices == [32] * 4
     assert triangular_root(moment.take_mean(), damping=1e-4).damping == 1e-4
+
+
+@pytest.mark.parametrize("shape", [(256,), (300,), (2, 150), (1, 3, 256)], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_layer_of_many_tokens(shape: tuple[int, ...], bias: bool, matrices: list[int]) -> None:
+    layer = torch.nn.Linear(96, 64, bias=bias).bfloat16().float().requires_grad_(False)
+    x = torch.randn(*shape, 96, generator=torch.Generator().manual_seed(3))
+    with fast_products():
+        result = layer(x)
+    assert matrices == [96]
+    exact = x.double() @ layer.weight.double().T + (layer.bias.double() if bias else 0)
+    assert result.shape == exact.shape
+    assert result.is_contiguous()
+    size = x.double().abs() @ layer.weight.double().abs().T
+    assert ((result - exact).abs() <= 2.0**-17 * size + 1e-6).all()
+    assert (result - exact).abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    ("x", "weight"),
+    [
+        (torch.ones(255, 32), torch.ones(32, 32)),
+        (torch.ones(256, 40), torch.ones(32, 40)),
+        (torch.ones(256, 32), torch.ones(40, 32)),
+        (torch.ones(256, 32), torch.ones(32, 32) * 1.001),
+        (torch.ones(256, 32), torch.ones(32, 32).index_fill(0, torch.tensor(9), 1.001)),
+        (torch.ones(256, 32, requires_grad=True), torch.ones(32, 32)),
+    ],
+    ids=["few", "columns", "rows", "float weights", "one row of them", "a gradient"],
+)
+def test_all_other_layers_are_of_float32(x: Tensor, weight: Tensor, matrices: list[int]) -> None:
+    with fast_products():
+        result = torch.nn.functional.linear(x, weight)
+    assert not matrices
+    assert torch.equal(result, torch.nn.functional.linear(x, weight))
+
+
+def test_layers_are_of_float32_elsewhere(matrices: list[int]) -> None:
+    with in_bfloat16(), matmul.use_backend("reference"):
+        assert outer.linear(torch.ones(256, 32), torch.ones(32, 32)) is None
+    assert outer.linear(torch.ones(256, 32), torch.ones(32, 32)) is None
+    assert not matrices
 
 
 @pytest.mark.parametrize("columns", [32, 320, 768])

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from haq.config import QuantizationConfig
 from haq.model.blocks import BlockBatch, capture_block_inputs, find_blocks, run_block
-from haq.model.folding import fold_reversibly
+from haq.model.folding import fold
 from haq.model.groups import find_groups
 from haq.quantization.sample import Sample, ScopeCall, record_scope
 from haq.quantization.work import BlockWork
@@ -66,7 +66,7 @@ def test_what_is_kept_follows_every_fold(name: str) -> None:
         scale = 2.0 ** (torch.arange(len(group.producer.rows)) % 3 - 1.0)
         largest = torch.zeros(int(group.producer.rows.max()) + 1)
         scale = largest.scatter_reduce(0, group.producer.rows, scale, "amax")[group.producer.rows]
-        done = fold_reversibly(work.block, group.producer, group.readers, scale, torch.float32)
+        done = fold(work.block, group.producer, group.readers, scale, torch.float32)
         sample.fold(group, done.applied)
         again = seen_by(work, set(), batches)
         for linear in work.linears:
@@ -84,7 +84,7 @@ def test_some_families_need_a_scope_to_run_again() -> None:
     before = sample.calls_of(first.scope)
     assert sample.calls_of(first.scope) is before
     scale = torch.full((len(first.producer.rows),), 2.0)
-    done = fold_reversibly(work.block, first.producer, first.readers, scale, torch.float32)
+    done = fold(work.block, first.producer, first.readers, scale, torch.float32)
     sample.fold(first, done.applied)
     after = sample.calls_of(first.scope)
     assert after is not before

@@ -1,9 +1,12 @@
 """A large weight on the grid, without anything in between that is as large as the weight."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from haq.int8 import grid, matmul
+from haq.int8.llvm.pages import new_bytes
 from haq.int8.llvm.weight import TYPES
 
 # Of a matrix: as many as a core's cache holds.
@@ -32,7 +35,7 @@ def quantize_matrix(
         (tensor([[ 127, -100]], dtype=torch.int8), tensor([[0.0100]]))
     """
     if out is None:
-        integers = weight.new_empty(weight.shape, dtype=torch.int8)
+        integers = new_integers(weight.shape, weight.device)
         out = integers, weight.new_empty(len(weight), 1, dtype=torch.float32)
     if _plain(weight) and matmul.compiles():
         from haq.int8.llvm.rows import quantize_rows
@@ -46,6 +49,18 @@ def quantize_matrix(
         rows = weight[here] if factors is None else weight[here] * factors
         integers[here], scale[here] = grid.quantize_rows(rows)
     return out
+
+
+def new_integers(shape: Sequence[int], device: torch.device) -> Tensor:
+    """Memory for a weight int8 ``[N, K]``; a layer on the CPU that is made of it leaves it there.
+
+    Examples:
+        >>> new_integers((2, 3), torch.device("cpu")).dtype
+        torch.int8
+    """
+    if device.type == "cpu":
+        return new_bytes(shape)
+    return torch.empty(shape, dtype=torch.int8, device=device)
 
 
 def _plain(weight: Tensor) -> bool:

@@ -34,18 +34,34 @@ class Producer:
     offset: float = 0.0
 
 
+@dataclass(frozen=True)
+class Folded:
+    """A scale that was folded, or factors of rows.
+
+    Attributes:
+        applied: float32 ``[K]``: the scale, or factors, that were really applied.
+        undo: takes them back.
+    """
+
+    applied: Tensor
+    undo: Callable[[], None]
+
+
 def fold(
     block: nn.Module,
     producer: Producer,
     readers: tuple[str, ...],
     scale: Tensor,
     dtype: torch.dtype,
-) -> Tensor:
+) -> Folded:
     """Divide the readers' input channels by ``scale`` and multiply their weights, in place.
 
     The producer's parameters will be stored in ``dtype``. A norm's weight is rounded to it here and
     the readers take the factor that was really applied, so that folding into a 16-bit norm is as
     exact as into a 32-bit one.
+
+    It can be taken back bit for bit, but for experts by what is no power of two: a copy of all of a
+    layer's would be as large as the layer, so they are divided by what they were multiplied with.
 
     Args:
         block: a decoder block in float32.
@@ -53,19 +69,36 @@ def fold(
         readers: linears, experts and routers of the block that read one tensor.
         scale: float32 ``[K]``, positive, equal where ``producer.rows`` is.
         dtype: the dtype in which the model keeps the producer.
-
-    Returns:
-        float32 ``[K]``: the scale that was really applied.
     """
+    scaled = _into_producer(block, producer, scale, dtype)
+    applied = scaled.applied
+    exact = _division_is_exact(applied)
+    modules = [block.get_submodule(name) for name in readers]
+    divided = [module for module in modules if exact or isinstance(module, ExpertList)]
+    restore = keep_parameters(*(module for module in modules if module not in divided))
+    for module in modules:
+        for matrix in _matrices_of(module, len(applied)):
+            matrix.mul_(applied)
+
+    def undo() -> None:
+        scaled.undo()
+        restore()
+        for module in divided:
+            for matrix in _matrices_of(module, len(applied)):
+                matrix.div_(applied)
+
+    return Folded(applied, undo)
+
+
+def _into_producer(
+    block: nn.Module, producer: Producer, scale: Tensor, dtype: torch.dtype
+) -> Folded:
     module = block.get_submodule(producer.name)
     factors = torch.ones(num_rows(module), device=scale.device)
     factors[producer.rows] = 1 / scale
     keep = None if is_linear(module) else dtype
-    applied = 1 / scale_rows(module, factors, producer.offset, keep)[producer.rows]
-    for name in readers:
-        for matrix in _matrices_of(block.get_submodule(name), len(applied)):
-            matrix.mul_(applied)
-    return applied
+    scaled = scale_rows(module, factors, producer.offset, keep)
+    return Folded(1 / scaled.applied[producer.rows], scaled.undo)
 
 
 def _matrices_of(reader: nn.Module, channels: int) -> list[Tensor]:
@@ -73,44 +106,10 @@ def _matrices_of(reader: nn.Module, channels: int) -> list[Tensor]:
     return [matrix for matrix in input_matrices(reader) if matrix.shape[1] == channels]
 
 
-@dataclass(frozen=True)
-class Folded:
-    """A scale that was folded.
-
-    Attributes:
-        applied: float32 ``[K]``: the scale that was really applied.
-        undo: takes it back.
-    """
-
-    applied: Tensor
-    undo: Callable[[], None]
-
-
-def fold_reversibly(
-    block: nn.Module,
-    producer: Producer,
-    readers: tuple[str, ...],
-    scale: Tensor,
-    dtype: torch.dtype,
-) -> Folded:
-    """`fold`, so that it can be taken back.
-
-    Bit for bit, but for experts: a copy of all of a layer's would be as large as the layer, so they
-    are divided by what they were multiplied with, which is exact for powers of two.
-    """
-    modules = [block.get_submodule(name) for name in readers]
-    experts = [module for module in modules if isinstance(module, ExpertList)]
-    others = [module for module in modules if not isinstance(module, ExpertList)]
-    restore = keep_parameters(block.get_submodule(producer.name), *others)
-    applied = fold(block, producer, readers, scale, dtype)
-
-    def undo() -> None:
-        restore()
-        for module in experts:
-            for matrix in _matrices_of(module, len(applied)):
-                matrix.div_(applied)
-
-    return Folded(applied, undo)
+def _division_is_exact(factors: Tensor) -> bool:
+    """Whether it takes a multiplication back to the bit: by powers of two."""
+    mantissa, _ = torch.frexp(factors)
+    return bool((mantissa == 0.5).all())
 
 
 def same_function(
@@ -158,7 +157,7 @@ def _rows_view(module: nn.Module) -> Tensor:
     return weight_view(module) if is_linear(module) else weight_of(module)
 
 
-def scale_rows(
+def _scale_rows(
     module: nn.Module, factors: Tensor, offset: float, dtype: torch.dtype | None
 ) -> Tensor:
     """Multiply output row n by ``factors[n]`` in place; return the factors really applied.
@@ -181,6 +180,21 @@ def scale_rows(
     if bias is not None:
         bias.mul_(applied)
     return applied
+
+
+def scale_rows(
+    module: nn.Module, factors: Tensor, offset: float, dtype: torch.dtype | None
+) -> Folded:
+    """`_scale_rows`, so that it can be taken back, bit for bit."""
+    if dtype is None and not offset and _division_is_exact(factors):
+        applied = _scale_rows(module, factors, offset, dtype)
+
+        def undo() -> None:
+            _scale_rows(module, 1 / factors, offset, dtype)
+
+        return Folded(applied, undo)
+    restore = keep_parameters(module)
+    return Folded(_scale_rows(module, factors, offset, dtype), restore)
 
 
 def keep_parameters(*modules: nn.Module) -> Callable[[], None]:

@@ -29,8 +29,7 @@ from haq.model.blocks import BlockBatch, run_block, token_rows
 from haq.model.experts import is_experts
 from haq.model.folding import (
     Producer,
-    fold_reversibly,
-    keep_parameters,
+    fold,
     num_rows,
     same_function,
     scale_rows,
@@ -142,16 +141,15 @@ class _Search:
         rows = candidate.rows.to(self.batch.hidden.device)
         factors = torch.ones(num_rows(module), device=self.batch.hidden.device)
         factors[rows] = _powers_of_two(len(rows), self.batch.hidden.device)
-        restore = keep_parameters(module)
+        keep = None if is_linear(module) else torch.float32
+        scaled = scale_rows(module, factors, candidate.offset, keep)
         try:
-            keep = None if is_linear(module) else torch.float32
-            applied = scale_rows(module, factors, candidate.offset, keep)
             after = input_of(self.block, self.consumers[0], self.batch)
         finally:
-            restore()
+            scaled.undo()
         before = token_rows(self._input, self.batch.mask)
         for row_of_channel in _channel_maps(rows, before.shape[1]):
-            if _follows(before, after, applied[row_of_channel]):
+            if _follows(before, after, scaled.applied[row_of_channel]):
                 yield Producer(candidate.name, row_of_channel, candidate.offset)
 
     def _folds_exactly(self, producer: Producer) -> bool:
@@ -159,9 +157,7 @@ class _Search:
         module = self.block.get_submodule(producer.name)
         # Powers of two again: no choice of experts can turn by rounding.
         scale = _powers_of_two(num_rows(module), self.batch.hidden.device)[producer.rows]
-        folded = fold_reversibly(
-            self.block, producer, self.consumers + self.routers, scale, torch.float32
-        )
+        folded = fold(self.block, producer, self.consumers + self.routers, scale, torch.float32)
         try:
             output = run_block(self.block, self.batch)
         finally:

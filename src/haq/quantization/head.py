@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from haq.config import QuantizationConfig
+from haq.int8.matrix import new_integers
 from haq.memory import give_back
 from haq.model.blocks import BlockBatch, evenly_spread, run_block
-from haq.model.folding import Producer, fold, keep_parameters, same_function
+from haq.model.folding import Producer, fold, same_function
 from haq.model.heads import Place, untied
 from haq.model.linears import bias_view, is_linear, weight_view
 from haq.model.producers import find_producer
@@ -224,14 +225,13 @@ class _HeadWork:
         self, producer: Producer, scale: Tensor, batch: BlockBatch, dtype: torch.dtype
     ) -> bool:
         """Fold, and take it back if the model would compute something else."""
-        restore = keep_parameters(self.tail.get_submodule(producer.name), self.tail.head)
         reference = run_block(self.tail, batch)
-        applied = fold(self.tail, producer, ("head",), scale, dtype)
+        folded = fold(self.tail, producer, ("head",), scale, dtype)
         same = same_function(batch.hidden, reference, run_block(self.tail, batch))
         if same:
-            self._scale = applied
+            self._scale = folded.applied
         else:
-            restore()
+            folded.undo()
         return same
 
     def choose_zero_point(self, inputs: Tensor) -> None:
@@ -268,7 +268,7 @@ class _HeadWork:
     def round(self, root: Root | None, inputs: Tensor) -> tuple[Int8Linear, OutputErrors]:
         """The int8 head, and its error on inputs ``[T, K]``."""
         shape = weight_view(self.route.matrix).shape
-        weight = torch.empty(shape, dtype=torch.int8, device=inputs.device)
+        weight = new_integers(shape, inputs.device)
         scale = torch.empty(shape[0], 1, device=inputs.device)
         errors, start = OutputErrors(), 0
         for part in self.parts():

@@ -1,10 +1,11 @@
 """Sums of outer products of rows: in bfloat16 where the processor multiplies matrices of that.
 
 Three steps of the method are such sums, and most of its arithmetic: second moments, what columns of
-a weight owe to those before them, and what a linear computes for many tokens. A number in bfloat16 has 8 bits, which would show; so each is
-two of them, one and what that leaves, but for integers that have no more. Their products are those
-of 16 bits, and faster than float32's. On other processors it is these. Which way depends on the
-kind of processor alone: a job that goes on later comes to the same integers.
+a weight owe to those before them, and what a linear computes for many tokens. A number in bfloat16
+has 8 bits, which would show; so each is two of them, one and what that leaves, but for integers and
+weights that have no more. Their products are those of 16 bits, and faster than float32's. On other
+processors it is these. Which way depends on the kind of processor alone: a job that goes on later
+comes to the same integers.
 """
 
 import contextlib

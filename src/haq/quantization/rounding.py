@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from haq.int8 import grid, matmul
+from haq.int8.matrix import new_integers
 from haq.quantization.outer import debts_of
 
 # Columns are rounded one by one within a block of this many, and what those before owe to a block
@@ -64,7 +65,7 @@ def round_with_compensation(weight: Tensor, scale: Tensor, root: Tensor) -> Tens
         tensor([[0, 1]], dtype=torch.int8)
     """
     weight = weight.to(root.dtype).contiguous()
-    integers = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    integers = new_integers(weight.shape, weight.device)
     debts = debts_of(weight)
     round_block, size = _round_block, _BLOCK
     if weight.is_cpu and weight.dtype == torch.float32 and matmul.compiles():

@@ -2,7 +2,7 @@
 
 A wrong scale costs more than none, so s is searched: every candidate is judged by the error it
 leaves in what the block computes from the input, with both quantizers at work. The best one is then
-folded (`haq.model.producers.fold`).
+folded (`haq.model.folding.fold`).
 """
 
 import contextlib

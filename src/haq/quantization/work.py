@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from haq.config import QuantizationConfig
 from haq.model.blocks import BlockBatch, run_block
 from haq.model.experts import dense_layers, fused_experts, input_matrices, unfuse
-from haq.model.folding import fold_reversibly, keep_parameters, same_in_block
+from haq.model.folding import fold, keep_parameters, same_in_block
 from haq.model.groups import Group
 from haq.model.linears import weight_view
 from haq.model.routing import RoutedInputs, share_changed
@@ -202,7 +202,7 @@ class BlockWork:
         if self._output is None:
             self._output = run_block(self.block, probe)
         dtype = self.original.get_parameter(f"{group.producer.name}.weight").dtype
-        folded = fold_reversibly(self.block, group.producer, group.readers, choice.scale, dtype)
+        folded = fold(self.block, group.producer, group.readers, choice.scale, dtype)
         output = run_block(self.block, probe)
         exact = same_in_block(self.block, probe.hidden, self._output, output)
         self._output = output if exact else None

@@ -18,7 +18,18 @@ from haq.int8.llvm import amx, compiler, threads
 from haq.int8.llvm.amx import SIDE
 from haq.int8.llvm.calls import Told
 from haq.int8.llvm.packing import BLOCK, STEP, Blocks
-from haq.int8.llvm.words import FLOAT, I8, I32, I64, POINTER, Code, Value, number, quotient_up, vector
+from haq.int8.llvm.words import (
+    FLOAT,
+    I8,
+    I32,
+    I64,
+    POINTER,
+    Code,
+    Value,
+    number,
+    quotient_up,
+    vector,
+)
 
 # Registers of left columns that are multiplied with as many of right ones.
 _AT_ONCE = 2

@@ -12,6 +12,7 @@ from torch import Tensor
 from haq.int8.llvm import compiler, floats, layout, threads
 from haq.int8.llvm.amx import DEPTH, SIDE
 from haq.int8.llvm.calls import Told
+from haq.int8.llvm.pages import new_bytes
 from haq.int8.llvm.words import (
     FLOAT,
     I8,
@@ -64,7 +65,7 @@ class Blocks:
     def __init__(self, count: int, columns: int, *, left: bool, rest: bool = False) -> None:
         self._left, self._rest, self.steps = left, rest, -(-count // STEP)
         size = columns // SIDE * self.steps * BLOCK
-        self._memory = torch.empty(size + DEPTH, dtype=torch.uint8)
+        self._memory = new_bytes((size + DEPTH,), torch.uint8)
         self.address = -(-self._memory.data_ptr() // DEPTH) * DEPTH
         self._beyond = torch.zeros(1, dtype=torch.bool)
 
@@ -126,7 +127,7 @@ class _Lines:
         self._beyond = code.variable(_LINE, number(0, _LINE))
 
     def of_rows(self, row: Value, index: int, column: Value) -> Value:
-        """Of 16 columns what two rows have, the second one's in the upper half; 0 behind the last."""
+        """Of 16 columns what two rows have, the second one above; 0 behind the last."""
         code, call, halves = self._code, self._call, []
         for each in (2 * index, 2 * index + 1):
             here = code.add(row, number(each))
