@@ -10,6 +10,7 @@ from haq.int8.llvm.words import (
     Value,
     constant,
     lanes_of,
+    multiply_add,
     number,
     vector,
 )
@@ -33,6 +34,32 @@ def write(code: Code, kind: str, value: Value, base: Value, index: Value) -> Non
 def rounded(code: Code, kind: str, value: Value) -> Value:
     """Float32 that a type holds, the nearest."""
     return _read(code, kind, _stored(code, kind, value))
+
+
+def add_pairs(code: Code, sums: Value, a: Value, b: Value) -> Value:
+    """``sums`` and the products of two numbers of bfloat16 each, in float32.
+
+    It is written out what processors have instructions for.
+
+    Args:
+        code: to write to.
+        sums: float32.
+        a: pairs of bfloat16, int32, as many.
+        b: likewise.
+    """
+    for part in (_lower, _upper):
+        sums = multiply_add(code, part(code, a), part(code, b), sums)
+    return sums
+
+
+def _lower(code: Code, pairs: Value) -> Value:
+    bits = code.shl(pairs, number(16, pairs.type))
+    return code.bitcast(bits, vector(FLOAT, lanes_of(pairs.type)))
+
+
+def _upper(code: Code, pairs: Value) -> Value:
+    bits = code.and_(pairs, number(-(2**16), pairs.type))
+    return code.bitcast(bits, vector(FLOAT, lanes_of(pairs.type)))
 
 
 def _read(code: Code, kind: str, stored: Value) -> Value:

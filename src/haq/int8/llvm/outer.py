@@ -14,7 +14,7 @@ import torch
 from llvmlite import ir
 from torch import Tensor
 
-from haq.int8.llvm import amx, compiler, threads
+from haq.int8.llvm import amx, compiler, floats, threads
 from haq.int8.llvm.amx import SIDE
 from haq.int8.llvm.calls import Told
 from haq.int8.llvm.packing import BLOCK, STEP, Blocks
@@ -71,19 +71,9 @@ class Halves:
     of_matrices = "tdpbf16ps"
 
     def add(self, code: Code, sums: Value, weight: Value, token: Value) -> Value:
-        totals = code.bitcast(sums, vector(FLOAT, SIDE))
-        for part in (_lower, _upper):
-            a, b = (part(code, code.bitcast(side, vector(I32, SIDE))) for side in (weight, token))
-            totals = code.fadd(totals, code.fmul(a, b))
+        pairs = (code.bitcast(side, vector(I32, SIDE)) for side in (weight, token))
+        totals = floats.add_pairs(code, code.bitcast(sums, vector(FLOAT, SIDE)), *pairs)
         return code.bitcast(totals, vector(I32, SIDE))
-
-
-def _lower(code: Code, pairs: Value) -> Value:
-    return code.bitcast(code.shl(pairs, number(16, pairs.type)), vector(FLOAT, SIDE))
-
-
-def _upper(code: Code, pairs: Value) -> Value:
-    return code.bitcast(code.and_(pairs, number(-(2**16), pairs.type)), vector(FLOAT, SIDE))
 
 
 def add_outer(
