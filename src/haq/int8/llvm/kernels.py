@@ -79,14 +79,13 @@ def few_of(dots: Dots, width: int) -> int:
     """As many tokens wait for a weight's rows, which are then read one by one, in order.
 
     They are so few that they stay in the cache next to the core, if not less than one. Where
-    matrices are multiplied, 16 tokens take as long as two: only one waits.
+    matrices are multiplied it pays, too, though 16 tokens take as long as five.
 
     Args:
         dots: the processor's.
         width: of the weight.
     """
-    most = 1 if dots.matrices else tiles.TOKENS_AT_ONCE
-    return max(1, min(most, _WAITING_BYTES // (width * bytes_of(dots.token))))
+    return max(1, min(tiles.TOKENS_AT_ONCE, _WAITING_BYTES // (width * bytes_of(dots.token))))
 
 
 class _Many(NamedTuple):
