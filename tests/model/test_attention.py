@@ -134,6 +134,22 @@ def test_torchs_is_used_where_it_multiplies_matrices(
     assert calls  # Of float16 it multiplies none.
 
 
+@pytest.mark.parametrize("matrices", [True, False])
+@torch.no_grad()
+def test_compiled_code_is_one_graph(matrices: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_MATRICES", matrices)
+    model, tokens = ARCHITECTURES["llama"]().bfloat16(), token_ids(1, 20)
+    use_fast_attention(model)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    expected = model(tokens, use_cache=False).logits.double()
+    result = compiled(tokens, use_cache=False).logits.double()
+    assert float((result - expected).norm() / expected.norm()) < 2**-6  # A bfloat16 has 8 bits.
+    assert attention._is_the_faster_one(torch.bfloat16) is not matrices
+    with attention.always_ours():
+        assert attention._is_the_faster_one(torch.bfloat16)
+
+
 @pytest.mark.parametrize("implementation", ["eager", "flex_attention"])
 def test_what_the_user_chose_stays(implementation: str) -> None:
     model = ARCHITECTURES["llama"]()
