@@ -54,6 +54,19 @@ def test_sums_are_those_of_torch(width: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("rows", [0, 1, 5])
+def test_gates_of_rows(rows: int, width: int) -> None:
+    both = random(rows, 2 * width, dtype=torch.float32)
+    before = both.clone()
+    result = between.gated(both)
+    exact = F.silu(both[:, :width].double()) * both[:, width:].double()
+    assert (result.dtype, result.shape) == (torch.float32, (rows, width))
+    torch.testing.assert_close(result.double(), exact, rtol=1e-6, atol=1e-30)
+    assert torch.equal(both, before)
+
+
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", WIDTHS)
 def test_gates_are_as_near_to_float64_as_those_of_torch(width: int, dtype: torch.dtype) -> None:

@@ -12,7 +12,7 @@ from haq.int8.once import is_captured
 from haq.int8.reference import PackedWeight
 from haq.nn.chosen import ChosenExperts, is_gate, kind_of
 from haq.nn.grouped import Stacks, routed_sum
-from haq.nn.handles import register, registered
+from haq.nn.handles import kernels_run, register, registered
 from haq.nn.linear import Int8Linear
 from haq.nn.rows import Activation, by_expert, expert_rows, one_token, weighted_sum
 from haq.nn.stack import Stack
@@ -120,8 +120,17 @@ class Int8Experts(nn.Module):
         chosen = [(self.expert(e), count) for e, count in enumerate(counts) if count]
         experts, rows = [pair for pair, _ in chosen], [count for _, count in chosen]
         tokens = order // top_k_index.shape[1]
-        outputs = expert_rows(experts, rows, self.activation, hidden_states, tokens)
+        activation = self.activation_on(hidden_states.device)
+        outputs = expert_rows(experts, rows, activation, hidden_states, tokens)
         return weighted_sum(outputs, order, top_k_weights).to(dtype)
+
+    def activation_on(self, device: torch.device) -> Activation:
+        """The activation, or a kernel for it: on a CPU, where it is ``silu(a) * b``."""
+        if device.type == "cpu" and kernels_run() and self.is_gated_by_silu():
+            from haq.int8.llvm.between import gated
+
+            return gated
+        return self.activation
 
     def is_gated_by_silu(self) -> bool:
         """Whether experts compute ``down(silu(a) * b)``, a and b the halves of ``up``'s output."""

@@ -156,7 +156,7 @@ class Int8Weights:
         hidden_states: Tensor,
         tokens: Tensor,
     ) -> Tensor:
-        activation = self._module.activation
+        activation = self._module.activation_on(hidden_states.device)
         members = [(each.stacks, each.place) for each in experts if isinstance(each, Int8Slot)]
         if members and members[0][0][0].grouped:  # All of them are, on a GPU.
             rounded = tokens_of(whole(hidden_states), False, self)
