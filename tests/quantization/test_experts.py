@@ -32,6 +32,7 @@ from haq.quantization.layers import (
     zero_point_pays,
 )
 from haq.quantization.scales import Candidate, search_candidates
+from tests.quantization.moments import mean_of
 from tests.quantization.test_rounding import correlated_inputs, damped, optimal_brain_surgeon
 
 HIDDEN, INNER, EXPERTS, SLOTS = 16, 12, 4, 2
@@ -552,7 +553,7 @@ def test_a_hessian_that_needs_more_damping_says_how_much() -> None:
     """Two directions in sixteen channels: with next to no damping, float32 cannot factor it."""
     rng = np.random.default_rng(0)
     inputs = rng.normal(size=(500, 2)) @ rng.normal(size=(2, HIDDEN))
-    needed = triangular_root(moment_of(inputs).mean(), 1e-12).damping
+    needed = triangular_root(mean_of(moment_of(inputs)), 1e-12).damping
     assert needed > 1e-12
     rounded = round_together(linears_of(), moment_of(inputs), 1e-12)
     assert rounded.remark == f"damping raised to {needed:g}, diagonal floor 0"
@@ -580,7 +581,7 @@ def test_moments_are_those_of_inputs_as_the_product_sees_them(asymmetric: bool) 
     seen = on_the_grid(np.concatenate(parts), asymmetric)
     expected = seen.T @ seen / len(seen)
     # An input between two integers may go the other way in float32: one step of 80 tokens.
-    np.testing.assert_allclose(moment.mean().numpy(), expected, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(mean_of(moment).numpy(), expected, rtol=1e-3, atol=1e-3)
     assert moment.tokens == 80
 
 

@@ -15,6 +15,7 @@ from haq.quantization.outer import in_bfloat16
 from haq.quantization.products import fast_products
 from haq.quantization.rounding import output_error, round_to_nearest, round_with_compensation
 from tests.architectures import ARCHITECTURES, token_ids
+from tests.quantization.moments import mean_of
 
 COMPILED: dict[tuple[Any, ...], compiler.Kernel] = {}
 
@@ -59,7 +60,7 @@ def test_a_second_moment(matrices: list[int], monkeypatch: pytest.MonkeyPatch) -
         moment.update(integers[:100], scale[:100])
         moment.update(integers[100:], scale[100:])
     assert matrices == [64, 64, 36, 36, 50, 50]  # Of two parts of the matrix.
-    mean = moment.mean()
+    mean = mean_of(moment)
     # A token counts as a bfloat16 says; sums have no error but that of float32.
     weights = scale.square().bfloat16().double()
     exact = (integers * weights).T @ integers.double() / 150
@@ -160,7 +161,7 @@ def test_all_else_is_float(kind: torch.dtype, columns: int, rows: int, matrices:
         moment = SecondMoment(columns)
         moment.update(weight, torch.full((rows, 1), 2.0) if columns % 32 else None)
     exact = weight.double().T @ weight.double() / rows * (4 if columns % 32 else 1)
-    torch.testing.assert_close(moment.mean().double(), exact, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(mean_of(moment).double(), exact, rtol=1e-5, atol=1e-5)
     assert not matrices
     assert torch.equal(rounded, expected)
 
@@ -177,7 +178,7 @@ def test_nobody_gets_it_unasked(matrices: list[int]) -> None:
     assert matrices == [64]
     inputs = integers.double() * scale.double()
     exact = inputs.T @ inputs / 64
-    torch.testing.assert_close(moment.mean().double(), exact, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(mean_of(moment).double(), exact, rtol=1e-5, atol=1e-5)
 
 
 def test_a_model_is_quantized_with_it(matrices: list[int]) -> None:

@@ -18,6 +18,7 @@ from haq.model.trace import observe_inputs
 from haq.quantization.calibration import calibration_batches
 from haq.quantization.hessian import SecondMoment, triangular_root
 from haq.quantization.rounding import output_error, round_to_nearest, round_with_compensation
+from tests.quantization.moments import mean_of
 
 
 def correlated_inputs(tokens: int, channels: int, seed: int) -> np.ndarray:
@@ -238,7 +239,7 @@ def test_compensation_beats_nearest_on_every_layer_of_a_trained_model(
         }
         observe_inputs(block, watchers, inputs.of_block(i))
         for n, module in layers.items():
-            hessian = moments[n].mean()
+            hessian = mean_of(moments[n])
             weight = weight_view(module)
             nearest, scale = round_to_nearest(weight)
             root = triangular_root(hessian, damping=0.01)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from haq.processes import Processes
-from haq.quantization.outer import ROWS_AT_ONCE, add_left_of_diagonal
+from haq.quantization.outer import add_left_of_diagonal
 
 # Damping that had to grow this far makes H close to a multiple of the identity, for which
 # compensation does nothing: rounding to nearest is then the honest name.
@@ -32,7 +32,7 @@ class SecondMoment:
     Examples:
         >>> moment = SecondMoment(2)
         >>> moment.update(torch.tensor([[1.0, 2.0], [3.0, 0.0]]))
-        >>> moment.mean()
+        >>> moment.take_mean()
         tensor([[5., 1.],
                 [1., 2.]])
     """
@@ -57,14 +57,14 @@ class SecondMoment:
         processes.sum_(self._sum)
         self.tokens = sum(processes.counts(self.tokens, self._sum.device))
 
-    def mean(self) -> Tensor:
-        """H over the number of tokens: float32 ``[K, K]``, all zero if there were none."""
-        return _mirrored(self._sum / max(self.tokens, 1))
-
     def take_mean(self) -> Tensor:
-        """`mean` in the memory of the sum, which is gone: the second call has nothing to give.
+        """H over the number of tokens, all zero if there were none.
 
-        Right of the diagonal there is anything: `triangular_root` does not look.
+        What is right of the diagonal is not said. It is in the memory of the sum, which is gone:
+        the second call has nothing to give.
+
+        Returns:
+            Float32 ``[K, K]``, for `triangular_root`.
 
         Raises:
             RuntimeError: it was taken before.
@@ -74,16 +74,6 @@ class SecondMoment:
         mean = self._sum.div_(max(self.tokens, 1))
         self._sum = torch.empty(0)
         return mean
-
-
-def _mirrored(left: Tensor) -> Tensor:
-    """The symmetric matrix whose part left of the diagonal is there; in place."""
-    for start in range(0, len(left), ROWS_AT_ONCE):
-        here, before = slice(start, start + ROWS_AT_ONCE), slice(start)
-        left[before, here] = left[here, before].T
-        on_diagonal = left[here, here]
-        on_diagonal.copy_(on_diagonal.tril() + on_diagonal.tril(-1).T)
-    return left
 
 
 @dataclass(frozen=True)

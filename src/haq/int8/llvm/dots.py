@@ -155,8 +155,8 @@ class FoursOfBytes:
 def ahead(dots: Dots) -> int:
     """How far ahead of its use memory is asked for, in bytes; 0 for not at all.
 
-    Zen 3 reads a row faster when it is asked for it, and so do Intel's processors with AMX, by a
-    tenth or more; Zen 4 slower.
+    Zen 3 reads a row faster when it is asked for it, and so do Intel's processors with AMX, the
+    more so the farther ahead, up to a page; Zen 4 slower.
     """
     if dots.matrices:
         return 4096
