@@ -354,6 +354,32 @@ def test_repr_names_sizes_and_backend() -> None:
     assert first.strip() == "num_experts=5, hidden=33, inner=21, backend=reference"
 
 
+@pytest.mark.skipif(not matmul.compiles(), reason="LLVM's kernels do not run here")
+def test_the_gate_is_a_kernel_where_it_is_one(
+    given: Given, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from haq.int8.llvm import between
+
+    rows: list[int] = []
+    gated = between.gated
+
+    def noted(both: Tensor) -> Tensor:
+        rows.append(len(both))
+        return gated(both)
+
+    monkeypatch.setattr(between, "gated", noted)
+    experts = build()
+    result = experts(*given)
+    assert sum(rows) == int((given[1] < EXPERTS).sum())
+    experts.activation = lambda x: silu_gate(x)[:, : INNER - 1].repeat(1, 2)[:, :INNER]
+    other = experts(*given)  # Looked at anew, and another one.
+    assert not torch.allclose(other, result)
+    assert experts.activation_on(torch.device("cpu")) is experts.activation
+    experts.activation = silu_gate
+    assert experts.activation_on(torch.device("cuda")) is silu_gate
+    assert sum(rows) == int((given[1] < EXPERTS).sum())
+
+
 # --- Gradients ------------------------------------------------------------------------------------
 
 

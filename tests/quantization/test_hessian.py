@@ -228,6 +228,19 @@ def test_one_number_that_cannot_be_is_seen_wherever_it_is(
     assert triangular_root(hessian, damping=0.01) is None
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
+def test_a_library_that_does_not_tell_that_it_failed(
+    value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As some do where numbers are NaN."""
+
+    def silent(matrix: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.full_like(matrix, value), torch.tensor(0)
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", silent)
+    assert triangular_root(second_moment(correlated_inputs(400, 10)), damping=0.01) is None
+
+
 @pytest.mark.parametrize(
     "hessian",
     [
