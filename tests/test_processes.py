@@ -185,6 +185,7 @@ import haq
 from haq.checkpoint import progress, stream
 from haq.processes import Processes
 from tests.architectures import token_ids
+
 source, output, seeds, stop = sys.argv[1], sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4])
 
 def stopping(module, name, number):

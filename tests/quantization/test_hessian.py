@@ -215,16 +215,24 @@ def test_nothing_is_made_of_a_hopeless_matrix(hessian: Tensor) -> None:
     assert triangular_root(hessian, damping=0.01) is None
 
 
-@pytest.mark.parametrize("place", [(9, 9), (0, 0), (9, 0), (9, 8), (5, 1), (1, 0)], ids=str)
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1e30], ids=str)
+DIAGONAL, BESIDE = [(9, 9), (0, 0)], [(9, 0), (9, 8), (5, 1), (1, 0)]
+NO_NUMBERS = [torch.nan, torch.inf, -torch.inf]
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        *itertools.product(DIAGONAL + BESIDE, NO_NUMBERS),
+        *itertools.product(BESIDE, [1e30]),  # On the diagonal a channel may be as large as that.
+    ],
+    ids=str,
+)
 def test_one_number_that_cannot_be_is_seen_wherever_it_is(
     place: tuple[int, int], value: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hessian_module, "_ROWS_OF_ROOT", 3)
     hessian = second_moment(correlated_inputs(400, 10)).float()
     hessian[place] = value
-    if value == 1e30 and place[0] == place[1]:
-        pytest.skip("a channel may be as large as that")
     assert triangular_root(hessian, damping=0.01) is None
 
 

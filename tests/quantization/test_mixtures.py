@@ -387,9 +387,11 @@ def test_a_token_that_two_experts_suit_equally_well_prevents_no_scale(token: int
 @pytest.mark.parametrize("name", MIXTURES)
 def test_the_logits_stay_close(name: str) -> None:
     kl = divergence(MIXTURES[name](), quantized(name))
-    # Random weights are int8 at its worst. Most of the mean is a few tokens that go to another
-    # expert, which a last bit decides: of 15 models it is 0.0001 to 0.021 by kind of processor.
-    assert 1e-6 < kl.median() < 2e-3
+    assert kl.median() > 1e-6
+    # Random weights are int8 at its worst, and a token that goes to another expert costs most. Few
+    # do, but they are most of the mean, and a last bit decides which.
+    of_most = kl.sort().values[: -len(kl) // 10]
+    assert of_most.mean() < 2e-3
     assert kl.mean() < 3e-2
 
 

@@ -66,7 +66,6 @@ def test_a_second_moment(matrices: list[int], monkeypatch: pytest.MonkeyPatch) -
     exact = (integers * weights).T @ integers.double() / 150
     sizes = exact.diagonal().sqrt()
     assert ((mean - exact).abs() <= 2.0**-20 * sizes * sizes[:, None]).all()
-    assert ((weights / scale.double().square() - 1).abs() <= 2.0**-8).all()
 
 
 def test_a_token_that_is_thousands_of_times_as_large_needs_no_damping(matrices: list[int]) -> None:

@@ -22,8 +22,8 @@ from haq.int8 import matmul
 if TYPE_CHECKING:  # It needs llvmlite.
     from haq.int8.llvm.packing import Blocks
 
-ROWS_AT_ONCE = 1024
-"""Of a symmetric sum only the part left of the diagonal is computed, so many rows at a time."""
+# Of a symmetric sum only the part left of the diagonal is computed, so many rows at a time.
+_ROWS_AT_ONCE = 1024
 
 # Tokens that are in bfloat16 at the same time.
 _TOKENS = 2048
@@ -54,7 +54,7 @@ def add_left_of_diagonal(total: Tensor, rows: Tensor, scale: Tensor | None = Non
     """Add ``sum_t x_t x_t^T`` to rows of a matrix, up to the diagonal and a bit beyond.
 
     Args:
-        total: float32 ``[K, K]``. Of each `ROWS_AT_ONCE` rows the columns up to the last of these
+        total: float32 ``[K, K]``. Of each 1024 rows the columns up to the last of these
             rows are what they should be afterwards.
         rows: float32 ``[T, K]``; with a scale integers in [-256, 256], which bfloat16 holds.
         scale: float32 ``[T, 1]``, what they are multiplied by.
@@ -69,8 +69,8 @@ def add_left_of_diagonal(total: Tensor, rows: Tensor, scale: Tensor | None = Non
 
 
 def _parts_of(total: Tensor) -> Iterator[tuple[slice, slice]]:
-    for start in range(0, len(total), ROWS_AT_ONCE):
-        yield slice(start, start + ROWS_AT_ONCE), slice(start + ROWS_AT_ONCE)
+    for start in range(0, len(total), _ROWS_AT_ONCE):
+        yield slice(start, start + _ROWS_AT_ONCE), slice(start + _ROWS_AT_ONCE)
 
 
 def _add_integers(total: Tensor, rows: Tensor, scale: Tensor) -> None:

@@ -100,8 +100,9 @@ def gated(both: Tensor) -> Tensor:
     rows, inner = len(both), both.shape[1] // 2
     out = both.new_empty(rows, inner)
     a = both.data_ptr()
-    places = [a, a + inner * both.itemsize, out.data_ptr(), rows, inner, 2 * inner]
-    compiler.run(_gate, (both.dtype,), places)
+    b = a + inner * both.itemsize
+    step = gate_step(both.dtype, a, b, out.data_ptr(), rows, inner, 2 * inner)
+    step.kernel(step.places, torch.get_num_threads())
     return out
 
 
