@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from haq.model import growing
 from haq.model.growing import Store
-from haq.nn.layer import Attended, Spot
+from haq.nn.store import Attended, Spot
 
 GROUPS, SIZE, WIDTH = 2, 4, 3
 X = torch.zeros(1, dtype=torch.bfloat16)

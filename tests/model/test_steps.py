@@ -1,12 +1,9 @@
 """Decoder layers that take one new token in two calls, beside their own way."""
 
-import contextlib
 import copy
-import functools
 import pickle
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -15,52 +12,32 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
-from haq import Int8Experts, Int8Linear, QuantizationConfig, quantize_model
+from haq import Int8Experts, Int8Linear
 from haq.int8 import matmul
-from haq.model import anatomy, attention, steps
-from haq.model.anatomy import may_be_layer
+from haq.model import anatomy, attention
 from haq.model.steps import takes_fast_steps, use_fast_steps
-from haq.nn.layer import LayerStep
-from haq.nn.swapped import Swapped, swap_back
-from tests.architectures import ARCHITECTURES, EXCLUDE, MIXTURES, token_ids, with_cache
-
-MODELS = ARCHITECTURES | MIXTURES
-PROMPT, NEW = 7, 6
-
-# Their layers have the names and do what is known. Others have other names, or do more: Granite
-# scales what it adds, PhiMoE's norms are centered, Ernie rotates neighbours.
-FAST = {"llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen2-moe", "qwen3-moe", "olmoe"}
-FAST |= {"glm4-moe"}
-
-needs_llvm = pytest.mark.skipif(not matmul.compiles(), reason="LLVM's kernels do not run here")
+from haq.nn.swapped import Swapped
+from tests.architectures import ARCHITECTURES, token_ids, with_cache
+from tests.model.decoding import (
+    FAST,
+    MODELS,
+    NEW,
+    PROMPT,
+    by_itself,
+    by_llvm,
+    counted,
+    decoded,
+    int8,
+    layers_of,
+    needs_llvm,
+)
 
 
 @pytest.fixture(autouse=True)
 def llvm() -> Iterator[None]:
     """Whatever was measured to be the fastest one."""
-    with matmul.use_backend("llvm") if matmul.compiles() else contextlib.nullcontext():
+    with by_llvm():
         yield
-
-
-@functools.cache
-def quantized(name: str, dtype: torch.dtype) -> PreTrainedModel:
-    """Not to be changed."""
-    exclude = ("lm_head", *EXCLUDE.get(name, ()))
-    config = QuantizationConfig(
-        smoothing="none", rounding="nearest", search_tokens=64, exclude=exclude
-    )
-    model = MODELS[name]()
-    if name == "mistral":  # Behind its window there is a mask.
-        model.config.sliding_window = 64
-    return quantize_model(model.to(dtype), [token_ids(2, 32)], config, progress=False)
-
-
-def int8(name: str = "llama", dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
-    return copy.deepcopy(quantized(name, dtype))
-
-
-def layers_of(model: PreTrainedModel) -> list[nn.Module]:
-    return [module for module in model.modules() if may_be_layer(module)]
 
 
 @pytest.fixture(autouse=True)
@@ -68,47 +45,6 @@ def no_attention_by_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where torch multiplies matrices of bfloat16 (AMX) a layer's own attention is torch's, which
     rounds more than the kernels that it is compared with."""
     monkeypatch.setattr(attention, "_MATRICES", False)
-
-
-def by_itself(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy whose layers go their own way."""
-    twin = copy.deepcopy(model)
-    for layer in layers_of(twin):
-        swap_back(layer)
-    return twin
-
-
-@torch.no_grad()
-def decoded(model: PreTrainedModel, seed: int = 0, **kwargs: Any) -> Tensor:
-    """Logits of some tokens, one after the other, behind a prompt."""
-    tokens = token_ids(1, PROMPT + NEW, seed=seed)
-    cache = kwargs.pop("cache", None) or DynamicCache(config=model.config)
-    given = with_cache(model, cache)
-    model(tokens[:, :PROMPT], **given)
-    logits = [
-        model(tokens[:, at : at + 1], **given, **kwargs).logits
-        for at in range(PROMPT, PROMPT + NEW)
-    ]
-    return torch.cat(logits)
-
-
-@contextmanager
-def counted() -> Iterator[list[LayerStep]]:
-    """The steps that kernels took, but for those of trials."""
-    seen: list[LayerStep] = []
-    run = steps._by_kernels
-
-    def note(layer: nn.Module, step: LayerStep, *rest: Any) -> Tensor | None:
-        result = run(layer, step, *rest)
-        if result is not None and not vars(layer)[steps._STATE].lock.locked():
-            seen.append(step)
-        return result
-
-    steps._by_kernels = note  # type: ignore[assignment]
-    try:
-        yield seen
-    finally:
-        steps._by_kernels = run
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -336,6 +272,16 @@ def _excluded(model: PreTrainedModel) -> None:
     attention.v_proj = nn.Linear(columns, rows, bias=False, dtype=torch.bfloat16)
 
 
+class _Doubled(nn.Module):
+    def forward(self, *args: Any) -> Any:
+        return 2 * super().forward(*args)
+
+
+def _of_another_class(model: PreTrainedModel) -> None:
+    block = model.model.layers[1].mlp
+    block.__class__ = type("Doubled", (_Doubled, type(block)), {})
+
+
 def _shared(model: PreTrainedModel) -> None:
     model.share_memory()
 
@@ -347,7 +293,8 @@ def _there_and_back(model: PreTrainedModel) -> None:
 
 @needs_llvm
 @pytest.mark.parametrize(
-    "change", [_loaded, _written, _replaced, _excluded, _shared, _there_and_back]
+    "change",
+    [_loaded, _written, _replaced, _excluded, _of_another_class, _shared, _there_and_back],
 )
 def test_sees_what_changed_since(change: Callable[[PreTrainedModel], None]) -> None:
     model = int8()

@@ -342,6 +342,7 @@ def _processes(device: torch.device, batches: int) -> Processes:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not distributed.is_initialized():
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     processes = Processes.of_torch()
+    processes.wait()  # Who leaves at once, below or behind, does not leave others half connected.
     if processes.count > max(batches, 1):
         raise ValueError(
             f"`calibration` must have a batch for each of {processes.count} processes, got "

@@ -3,7 +3,9 @@
 import importlib
 import itertools
 from collections import Counter
-from typing import Any, NamedTuple
+from itertools import repeat
+from operator import contains, itemgetter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,7 @@ from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 
 from haq.model.attention import NAME
+from haq.model.places import Places
 from haq.nn import Int8Experts, Int8Linear
 from haq.nn.parts import Gated, Mixture, Parts
 
@@ -29,6 +32,9 @@ _GATED = ("gate_proj", "up_proj", "down_proj")
 _ACTIVATION = "act_fn"
 _MIXTURE = ("gate", "experts")
 _IN_BLOCK = (*_GATED, _ACTIVATION, *_MIXTURE)
+
+# Of the dictionary of a module.
+_PRE_HOOKS, _HOOKS = itemgetter("_forward_pre_hooks"), itemgetter("_forward_hooks")
 
 # Tokens that tell one router from another.
 _SAMPLE_TOKENS = 5
@@ -70,38 +76,14 @@ def block_of(layer: nn.Module) -> nn.Module:
     return module
 
 
-class Slot(NamedTuple):
-    """Where a module is held.
-
-    Attributes:
-        held: the modules of its parent, by name.
-        name: its own.
-        module: what is there, perhaps nothing.
-        kind: its class.
-    """
-
-    held: dict[str, nn.Module | None]
-    name: str
-    module: nn.Module | None
-    kind: type[Any]
-
-
-def slots_of(layer: nn.Module) -> list[Slot]:
+def slots_of(layer: nn.Module) -> Places:
     """Where all modules are that kernels stand in for: the block and its parts are the last."""
     attention, block = attention_of(layer), block_of(layer)
     (name,) = (name for name, module in layer._modules.items() if module is block)
     places = [(layer, _ATTENTION), *((layer, norm) for norm in _NORMS)]
     places += [(attention, inside) for inside in (*_PROJECTIONS, *_HEAD_NORMS)]
     places += [(layer, name), *((block, inside) for inside in _IN_BLOCK)]
-    found = ((parent._modules, name, parent._modules.get(name)) for parent, name in places)
-    return [Slot(*slot, type(slot[-1])) for slot in found]
-
-
-def are_as_before(slots: list[Slot]) -> bool:
-    """Whether no module was replaced by another, or by one of another class."""
-    return all(
-        held.get(name) is module and type(module) is kind for held, name, module, kind in slots
-    )
+    return Places([(parent._modules, inside) for parent, inside in places])
 
 
 def parts_of(layer: nn.Module) -> Parts | None:
@@ -136,24 +118,24 @@ def operations_of(parts: Parts) -> Counter[str]:
     return known
 
 
-def replaced_by(slots: list[Slot], parts: Parts) -> list[nn.Module]:
+def replaced_by(slots: Places, parts: Parts) -> list[nn.Module]:
     """The modules that are not called where kernels run."""
+    modules = slots.values
     if parts.block is None:  # It is called as it is.
-        slots = slots[: -len(_IN_BLOCK) - 1]
-    return [slot.module for slot in slots if slot.module is not None]
+        modules = modules[: -len(_IN_BLOCK) - 1]
+    return [module for module in modules if module is not None]
 
 
 def are_untouched(modules: list[nn.Module]) -> bool:
     """Whether nobody looks at, or changed, what modules would do; the first is the attention."""
     if torch_module._has_any_global_hook():
         return False
-    for module in modules:
-        if module._forward_pre_hooks or "forward" in module.__dict__:
-            return False
-        if module._forward_hooks and not all(map(_sleeps, module._forward_hooks.values())):
-            return False
+    held = list(map(vars, modules))
+    if any(map(_PRE_HOOKS, held)) or any(map(contains, held, repeat("forward"))):
+        return False
+    hooks = (hook for some in map(_HOOKS, held) if some for hook in some.values())
     config: Any = modules[0].config
-    return bool(config._attn_implementation == NAME)
+    return all(map(_sleeps, hooks)) and bool(config._attn_implementation == NAME)
 
 
 def _sleeps(hook: Any) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from haq.nn.layer import Attended, Spot
+from haq.nn.store import Attended, Spot
 
 # There is room for an eighth more tokens than there are, and for so many at least.
 _SHARE, _LEAST = 8, 64
@@ -72,7 +72,8 @@ class Store:
     """
 
     def __init__(self, cache: Cache, index: int) -> None:
-        self._cache, self._index = cache, index
+        # What is kept beside a cache must not keep it.
+        self._cache, self._index = weakref.ref(cache), index
         self._room: _Room | None = None
 
     def place(self, key: tuple[int, int], value: tuple[int, int], x: Tensor) -> Spot:
@@ -107,14 +108,33 @@ class Store:
             tokens = self._layer.keys.shape[2] + 1
             self._layer.keys, self._layer.values = self._room.view(tokens)
             return self._room.attended(tokens)
-        updated = self._cache.update(*self._given, self._index)
+        cache = self._cache()
+        assert cache is not None  # Whoever calls this holds it.
+        updated = cache.update(*self._given, self._index)
         self._attended = keys, values = tuple(_plain(tensor, x) for tensor in updated)
         strides = keys.stride(1), keys.stride(2), values.stride(1), values.stride(2)
         return Attended(keys.data_ptr(), values.data_ptr(), keys.shape[2], *strides)
 
+    def grows(self) -> bool:
+        """Whether it may grow in place."""
+        return self._growing() is not None
+
+    def ahead(self) -> Attended | None:
+        """What the token will attend to; None if nobody but the cache knows."""
+        if self._room is None:
+            return None
+        return self._room.attended(self._layer.keys.shape[2] + 1)
+
+    def is_as_placed(self) -> bool:
+        """Whether the cache still is what it was when `place` was called."""
+        layer, room = self._growing(), self._room
+        if room is None or layer is not self._layer:
+            return False
+        return layer.keys is room.views[0] and layer.values is room.views[1]
+
     def _growing(self) -> Any:
         """The layer of the cache, if it is one that does nothing but grow; else None."""
-        cache = self._cache
+        cache = self._cache()
         if type(cache) is not DynamicCache or cache.offloading or len(cache.layers) <= self._index:
             return None
         layer = cache.layers[self._index]

@@ -6,7 +6,6 @@ others goes the layer's own way: prompts, batches, masks, gradients, hooks, comp
 implementations of attention.
 """
 
-import threading
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -15,9 +14,8 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from haq.int8 import matmul
+from haq.model import ahead
 from haq.model.anatomy import (
-    Slot,
-    are_as_before,
     are_untouched,
     attention_of,
     block_of,
@@ -29,6 +27,7 @@ from haq.model.anatomy import (
 )
 from haq.model.attention import always_ours
 from haq.model.growing import Store
+from haq.model.known import NOTHING, Found, know, known_of
 from haq.model.trials import agree
 from haq.nn.layer import LayerStep
 from haq.nn.parts import DTYPES, Parts, fits
@@ -38,8 +37,6 @@ _CACHES = ("cache", "past_key_values")  # transformers 5.24 renamed it.
 
 # Arguments of a layer that change nothing for one token that attends to all before it.
 _NO_MATTER = {"position_ids", "use_cache", "cache_position"}
-
-_STATE = "_haq_step"
 
 
 def use_fast_steps(model: PreTrainedModel) -> int:
@@ -59,7 +56,7 @@ def use_fast_steps(model: PreTrainedModel) -> int:
     for layer in layers:
         if not isinstance(layer, _FastLayer):
             swap(layer, _FastLayer)
-            vars(layer)[_STATE] = _State()
+            know(layer)
     return len(layers)
 
 
@@ -70,43 +67,8 @@ def may_run(dtype: torch.dtype) -> bool:
 
 def takes_fast_steps(layer: nn.Module) -> bool:
     """Whether the latest token that a layer could have taken in two calls was taken so."""
-    state: _State | None = vars(layer).get(_STATE)
-    return state is not None and state.found.step is not None
-
-
-class _Found(NamedTuple):
-    """What was found out about a layer.
-
-    Attributes:
-        slots: its modules then.
-        kind: for tokens of this dtype, and so many numbers that rotate them.
-        step: its kernels, if they do what the layer does.
-        replaced: the modules that these stand in for.
-    """
-
-    slots: list[Slot]
-    kind: tuple[torch.dtype, int] | None
-    step: LayerStep | None
-    replaced: list[nn.Module]
-
-
-class _State:
-    """What a layer knows about its kernels. Copies and pickles of the layer have to find it out.
-
-    Attributes:
-        lock: of whoever finds it out.
-        found: the latest.
-    """
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.found = _Found([], None, None, [])
-
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        return _State, ()
-
-    def __deepcopy__(self, memo: Any) -> "_State":
-        return _State()
+    known = known_of(layer)
+    return known is not None and known.found.step is not None
 
 
 class _Token(NamedTuple):
@@ -122,35 +84,51 @@ class _Token(NamedTuple):
 class _FastLayer(Swapped):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         assert isinstance(self, nn.Module)
-        token = None if torch.compiler.is_compiling() else _one_token(self, args, kwargs)
-        if token is not None:
-            found = self._find(token, kwargs)
-            if found.step is not None and are_untouched(found.replaced):
-                result = _by_kernels(self, found.step, *token[:4])
-                if result is not None:
-                    return result
+        if not torch.compiler.is_compiling():
+            result = self._fast(args, kwargs)
+            if result is not None:
+                return result
         return super().forward(*args, **kwargs)  # type: ignore[misc]
 
-    def _find(self, token: _Token, kwargs: Mapping[str, Any]) -> _Found:
+    def _fast(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+        """The layer's output by kernels; None, and nothing was done, if they cannot run now."""
         assert isinstance(self, nn.Module)
-        state: _State = vars(self)[_STATE]
-        found, kind = state.found, (token.x.dtype, token.cos.shape[-1])
+        cache = next((kwargs[name] for name in _CACHES if name in kwargs), None)
+        result = ahead.computed(self, args, kwargs, cache)
+        token = _one_token(self, args, kwargs) if result is None else None
+        if token is None:
+            return result
+        found = self._find(token, kwargs)
+        if found.step is None or found.kind is None or not are_untouched(found.replaced):
+            return None
+        rotation = token.cos, token.sin
+        result = ahead.run(self, found.kind, token.x, rotation, token.cache, kwargs)
+        if result is None:
+            result = _by_kernels(self, found.step, *token[:4])
+        if result is not None:
+            ahead.learn(self, token.x, result)
+        return result
+
+    def _find(self, token: _Token, kwargs: Mapping[str, Any]) -> Found:
+        assert isinstance(self, nn.Module)
+        known = known_of(self)
+        assert known is not None
+        found, kind = known.found, (token.x.dtype, token.cos.shape[-1])
         current = found.step is None or found.step.is_current
-        if found.kind == kind and current and are_as_before(found.slots):
+        if found.kind == kind and current and found.slots.are_as_before():
             return found
-        nothing = _Found([], None, None, [])
-        if not state.lock.acquire(blocking=False):
-            return nothing  # Another thread tries.
+        if not known.lock.acquire(blocking=False):
+            return NOTHING  # Another thread tries.
         try:
             slots, parts = slots_of(self), parts_of(self)
             replaced = [] if parts is None else replaced_by(slots, parts)
             if parts is not None and not are_untouched(replaced):
-                return nothing  # To be tried when nobody looks.
+                return NOTHING  # To be tried when nobody looks.
             step = None if parts is None else self._tried(parts, token, kwargs)
-            state.found = _Found(slots, kind, step, replaced)
+            known.found = Found(slots, kind, step, replaced)
         finally:
-            state.lock.release()
-        return state.found
+            known.lock.release()
+        return known.found
 
     def _tried(self, parts: Parts, token: _Token, kwargs: Mapping[str, Any]) -> LayerStep | None:
         """The layer's kernels, if they do what the layer does."""

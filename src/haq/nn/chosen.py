@@ -56,18 +56,22 @@ class ChosenExperts:
         gate = between.gate_step(torch.float32, *halves, gated.data_ptr(), count, inner, 2 * inner)
         self.steps = [self._products[0], gate, self._products[1], self._sum]
         self._chain = Chain(self.steps)
+        self._missing = [[tensor is None for tensor in _tensors(layer)] for layer in pair]
 
-    def serves(self, pair: tuple[Int8Linear, Int8Linear]) -> bool:
-        """Whether the kernels know such an expert: a layer may be laid out anew at any time."""
-        compiled = all(isinstance(layer._packed, weight.LlvmWeight) for layer in pair)
-        return compiled and kind_of(pair, *self.kind[:2]) == self.kind
+    def tell(self, pairs: Sequence[tuple[Int8Linear, Int8Linear]]) -> list[Any] | None:
+        """Let the steps multiply with these experts, as long as what this gives is held.
 
-    def tell(self, pairs: Sequence[tuple[Int8Linear, Int8Linear]]) -> list[Any]:
-        """Let the steps multiply with these experts, as long as what this gives is held."""
-        held = []
-        for part, product in enumerate(self._products):
-            held.append([weight.parts_of(group_of(pair[part])) for pair in pairs])
-            weight.tell_weights(product, held[-1])
+        Returns:
+            None, and nothing was done, if kernels do not know one of them: a layer may be laid out
+            anew at any time.
+        """
+        held = [[_tensors(pair[part]) for pair in pairs] for part in (0, 1)]
+        for tensors, missing in zip(held, self._missing, strict=True):
+            for each in tensors:
+                if [tensor is None for tensor in each] != missing or not _are_plain(each):
+                    return None
+        for product, tensors in zip(self._products, held, strict=True):
+            weight.tell_weights(product, tensors)
         return held
 
     def run(
@@ -81,7 +85,7 @@ class ChosenExperts:
             weights: float ``[1, A]``.
 
         Returns:
-            ``[1, D]``; None, and nothing was done, if another thread is in here.
+            ``[1, D]``; None, and nothing was done, if another thread is in here, or as for `tell`.
         """
         if not self._lock.acquire(blocking=False):
             return None
@@ -90,12 +94,26 @@ class ChosenExperts:
             factors = weights.float().contiguous()
             out = x.new_empty(x.shape)
             held = self.tell(pairs)
-            self._sum.tell(b=factors.data_ptr(), out=out.data_ptr())
+            if held is None:
+                return None
+            self._sum.tell("b", factors.data_ptr(), out.data_ptr())
             self._chain.run()
             del held
             return out
         finally:
             self._lock.release()
+
+
+def _tensors(layer: Int8Linear) -> list[Tensor | None]:
+    """What kernels read of a layer, as `haq.int8.llvm.weight.parts_of`; nothing if they cannot."""
+    packed = layer._packed
+    if not isinstance(packed, weight.LlvmWeight):
+        return []
+    return [packed.weight, packed.scale, packed.sums, layer._buffers["bias"], layer._row_sums]
+
+
+def _are_plain(tensors: list[Tensor | None]) -> bool:
+    return all(tensor is None or tensor.is_contiguous() for tensor in tensors)
 
 
 def kind_of(pair: tuple[Int8Linear, Int8Linear], count: int, dtype: torch.dtype) -> tuple[Any, ...]:

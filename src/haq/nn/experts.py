@@ -185,7 +185,8 @@ class Int8Experts(nn.Module):
 
     def expert(self, index: int) -> tuple[Int8Linear, Int8Linear]:
         """The two matrices of an expert."""
-        return _layer(self.up, index), _layer(self.down, index)
+        parts: Any = self._modules  # As `self.up`, which takes microseconds.
+        return _layer(parts["up"], index), _layer(parts["down"], index)
 
     def _check_shapes(self, hidden_states: Tensor, index: Tensor, weights: Tensor) -> None:
         expected = _layer(self.up, 0).in_features

@@ -10,7 +10,8 @@ a token chose are a third one.
 import threading
 from array import array
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from itertools import compress
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,59 +20,12 @@ from haq.int8.llvm import weight
 from haq.nn.chosen import ChosenExperts
 from haq.nn.linear import Int8Linear
 from haq.nn.norms import formula
-from haq.nn.parts import Gated, Mixture, Parts, tensors_of_norm
+from haq.nn.parts import Gated, Held, Mixture, Parts, tensors_of_norm
 from haq.nn.rows import group_of
+from haq.nn.store import Attended, Spot, Store
 
 if TYPE_CHECKING:  # It needs llvmlite.
     from haq.int8.llvm.chain import Step
-
-
-class Spot(NamedTuple):
-    """Where a token's key and value are written.
-
-    Attributes:
-        turned_key: the address of ``[G, D]``.
-        placed_value: that of ``[G, V]``.
-        key_group: elements from where a group begins to where the next one does.
-        value_group: likewise.
-    """
-
-    turned_key: int
-    placed_value: int
-    key_group: int
-    value_group: int
-
-
-class Attended(NamedTuple):
-    """What a token attends to.
-
-    Attributes:
-        key: the address of ``[G, T, D]``.
-        value: that of ``[G, T, V]``.
-        tokens_before: T.
-        key_group: elements from where a group begins to where the next one does.
-        key_token: likewise, of tokens.
-        value_group: likewise.
-        value_token: likewise.
-    """
-
-    key: int
-    value: int
-    tokens_before: int
-    key_group: int
-    key_token: int
-    value_group: int
-    value_token: int
-
-
-class Store(Protocol):
-    """A cache that is about to be given a token's key and value."""
-
-    def place(self, key: tuple[int, int], value: tuple[int, int], x: Tensor) -> Spot:
-        """Where they are to be written, given G and D, and G and V, and a tensor of their dtype."""
-
-    def keep(self, x: Tensor) -> Attended:
-        """When they are: what the token attends to, in the dtype of a tensor."""
 
 
 # Where what a kernel writes begins: at a line of the cache.
@@ -90,7 +44,10 @@ class LayerStep:
         turned: to how much of each head rotary embeddings are applied, R.
 
     Attributes:
-        is_current: false once `run` has found that tensors are not where they were.
+        is_current: false once it was found that tensors are not where they were.
+        before: the steps of the first chain.
+        after: those of the second one.
+        of_experts: those of the third one, of a mixture.
     """
 
     def __init__(self, parts: Parts, dtype: torch.dtype, turned: int) -> None:
@@ -99,7 +56,11 @@ class LayerStep:
         self.channels = parts.query.in_features
         self.is_current = True
         self._lock = threading.Lock()
-        self._addresses = _addresses(parts.tensors())
+        self._held = Held(parts)
+        tensors = self._held.tensors()
+        self._kinds = list(map(type, tensors))
+        self._present = [tensor is not None for tensor in tensors]
+        self._addresses = self._addresses_of(tensors)
         self._memory: list[Tensor] = []
         self._scores = torch.empty(self.heads * _KEYS, dtype=torch.float32)
         self._build()
@@ -117,48 +78,89 @@ class LayerStep:
             Tensors ``[1, 1, K]``; None, and nothing was done, if another thread is in here, or if
             a tensor is not where it was: it may have been loaded, moved or shared.
         """
-        if not self._lock.acquire(blocking=False):
+        held = self.take()
+        if held is None:
             return None
         try:
-            held = self.parts.tensors()  # They live until the kernels have read them.
-            self.is_current = _addresses(held) == self._addresses and self.parts.is_as_before()
-            return self._run(x, cos, sin, store) if self.is_current else None
+            return self._run(x, cos, sin, store)
         finally:
-            self._lock.release()
+            self.give_back()
 
-    def _run(self, x: Tensor, cos: Tensor, sin: Tensor, store: Store) -> list[Tensor]:
-        address, groups = x.data_ptr(), self.groups
-        self._first_norm.tell(tokens=address)
-        spot = store.place((groups, self.parts.size), (groups, self.width), x)
-        self._rotation.tell(cos=cos.data_ptr(), sin=sin.data_ptr(), **spot._asdict())
-        self._before.run()
-        attended = store.keep(x)
+    def take(self) -> list[Tensor | None] | None:
+        """Let nobody else run it until `give_back`.
+
+        Returns:
+            What the kernels read, which is to be held until they have; None as for `run`.
+        """
+        if not self._lock.acquire(blocking=False):
+            return None
+        held = self._held.tensors()
+        self.is_current = (
+            list(map(type, held)) == self._kinds
+            and self._addresses_of(held) == self._addresses
+            and self.parts.is_as_before()
+        )
+        if self.is_current:
+            return held
+        self._lock.release()
+        return None
+
+    def give_back(self) -> None:
+        self._lock.release()
+
+    def place(self, store: Store, x: Tensor) -> Spot:
+        """Where a store takes a token's key and value, in the dtype of a tensor."""
+        return store.place((self.groups, self.parts.size), (self.groups, self.width), x)
+
+    def tell_before(self, x: int, cos: int, sin: int, spot: Spot) -> None:
+        """The first chain: addresses of a token and its rotation, and where keys go."""
+        self._first_norm.tell("tokens", x)
+        self._rotation.tell("cos", cos, sin)
+        self._rotation.tell("turned_key", *spot)
+
+    def tell_after(self, x: int, attended: Attended, result: int) -> None:
+        """The second one: the address of the token again, and of the layer's output."""
         size = self.heads * attended.tokens_before
         if size > len(self._scores):
             self._scores = self._scores.new_empty(2 * size)
-        self._attention.tell(scores=self._scores.data_ptr(), **attended._asdict())
+        self._attention.tell("scores", self._scores.data_ptr())
+        self._attention.tell("key", attended.key, attended.value)
+        self._attention.tell("tokens_before", attended.tokens_before)
+        self._attention.tell("key_group", *attended[3:5])
+        self._attention.tell("value_group", *attended[5:])
+        self._first_sum.tell("a", x)
+        self._last_sum.tell("out", result)
+
+    def tell_experts(self) -> list[Any] | None:
+        """The third one, of a mixture: what the router chose.
+
+        Returns:
+            What is to be held until it was run; None if kernels do not know one of the experts.
+        """
+        assert isinstance(self.parts.block, Mixture)
+        return self._experts.tell([self.parts.block.experts.expert(i) for i in self._index])
+
+    def _run(self, x: Tensor, cos: Tensor, sin: Tensor, store: Store) -> list[Tensor]:
+        address, block = x.data_ptr(), self.parts.block
+        self.tell_before(address, cos.data_ptr(), sin.data_ptr(), self.place(store, x))
+        self._chains[0].run()
         result = torch.empty_like(x)
-        block = self.parts.block
+        self.tell_after(address, store.keep(x), result.data_ptr())
+        results = [result]
         if block is None:
-            normed = torch.empty_like(x)
-            self._first_sum.tell(a=address, out=result.data_ptr())
-            self._second_norm.tell(tokens=result.data_ptr(), out=normed.data_ptr())
-            self._after.run()
-            return [result, normed]
-        self._first_sum.tell(a=address)
-        self._last_sum.tell(out=result.data_ptr())
-        self._after.run()
+            results.append(torch.empty_like(x))
+            self._second_norm.tell("tokens", result.data_ptr())
+            self._second_norm.tell("out", results[1].data_ptr())
+        self._chains[1].run()
         if isinstance(block, Mixture):
             self._add_experts(block, result)
-        return [result]
+        return results
 
     def _add_experts(self, mixture: Mixture, result: Tensor) -> None:
         """What the router chose, to the sum that is there."""
-        pairs = [mixture.experts.expert(index) for index in self._index]
-        if all(map(self._experts.serves, pairs)):
-            held = self._experts.tell(pairs)
-            self._of_experts.run()
-            del held  # It has lived until the kernels had read it.
+        held = self.tell_experts()
+        if held is not None:
+            self._chains[2].run()
             return
         index = torch.tensor([self._index.tolist()])
         added = mixture.experts(self._experts.tokens[:1], index, self._gates)
@@ -187,35 +189,34 @@ class LayerStep:
         self._first_norm = self._norm(parts.norms[0], 0, normed)
         shape = self.heads, self.groups, size, self.width, self.turned
         self._rotation = between.rotation_step(dtype, parts.scale, query, key, value, turned, shape)
-        self._before = Chain(
-            [
-                self._first_norm,
-                self._product(parts.query, normed, query),
-                self._product(parts.key, normed, key),
-                self._product(parts.value, normed, value),
-                *self._norms_of_heads(query, key),
-                self._rotation,
-            ]
-        )
+        self.before = [
+            self._first_norm,
+            self._product(parts.query, normed, query),
+            self._product(parts.key, normed, key),
+            self._product(parts.value, normed, value),
+            *self._norms_of_heads(query, key),
+            self._rotation,
+        ]
         self._attention = attention.step(
             dtype, turned, attended, self.heads, self.groups, size, self.width
         )
-        self._first_sum = between.sum_step(dtype, 0, product, total, self.channels)
+        self._first_sum = self._last_sum = between.sum_step(dtype, 0, product, total, self.channels)
         self._second_norm = self._norm(parts.norms[1], total, normed)
-        steps = [
+        self.after = [
             self._attention,
             self._product(parts.output, attended, product),
             self._first_sum,
             self._second_norm,
         ]
+        self.of_experts: list[Step] = []
         if parts.block is not None:
             self._last_sum = between.sum_step(dtype, total, product, 0, self.channels)
         if isinstance(parts.block, Gated):
-            steps += [*self._gated(parts.block, normed, product), self._last_sum]
+            self.after += [*self._gated(parts.block, normed, product), self._last_sum]
         elif isinstance(parts.block, Mixture):
-            steps += self._router(parts.block, normed, product)
-            self._of_experts = Chain([*self._experts.steps, self._last_sum])
-        self._after = Chain(steps)
+            self.after += self._router(parts.block, normed, product)
+            self.of_experts = [*self._experts.steps, self._last_sum]
+        self._chains = [Chain(steps) for steps in (self.before, self.after, self.of_experts)]
 
     def _norms_of_heads(self, query: int, key: int) -> Iterator["Step"]:
         """In place: a kernel reads all of a head before it writes."""
@@ -244,7 +245,7 @@ class LayerStep:
         self._index = array("q", [0] * slots)
         self._gates = torch.empty(1, slots)
         logits, gates = self._take(4 * number), self._gates.data_ptr()
-        self._experts.steps[-1].tell(b=gates, out=out)
+        self._experts.steps[-1].tell("b", gates, out)
         weight = mixture.router.get_parameter("weight").data_ptr()
         places = logits, token, gates, self._index.buffer_info()[0]
         return [
@@ -271,11 +272,10 @@ class LayerStep:
         dtypes = self.dtype, self.dtype
         return weight.step([group_of(layer)], dtypes, tokens, self._room, out)
 
+    def _addresses_of(self, tensors: list[Any]) -> list[int]:
+        return list(map(Tensor.data_ptr, compress(tensors, self._present)))
+
     def _take(self, size: int) -> int:
         """The address of so many bytes, which stay until this object goes."""
         self._memory.append(torch.empty(size + _LINE, dtype=torch.uint8))
         return -(-self._memory[-1].data_ptr() // _LINE) * _LINE
-
-
-def _addresses(tensors: list[Tensor | None]) -> list[int]:
-    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]

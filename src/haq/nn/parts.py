@@ -1,6 +1,9 @@
 """What a decoder layer consists of, and whether there are kernels for all of it."""
 
 from dataclasses import dataclass
+from itertools import repeat
+from operator import attrgetter, itemgetter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -110,19 +113,41 @@ class Parts:
             self.block.experts.activation is self.block.activation
         )
 
+
+class Held:
+    """All that kernels read of a layer's parts, looked up for each token.
+
+    Somebody may load, move or share it at any time. A loop in Python would take longer, and nothing
+    is held here that others let go.
+
+    Args:
+        parts: of the layer. Which experts of a mixture are read is not known before.
+    """
+
+    def __init__(self, parts: Parts) -> None:
+        self._linears = [vars(layer) for layer in parts.linears]
+        self._buffers = [layer._buffers for layer in parts.linears]
+        self._parameters = [norm._parameters for norm in parts.all_norms]
+        if isinstance(parts.block, Mixture):
+            self._parameters.append(parts.block.router._parameters)
+
     def tensors(self) -> list[Tensor | None]:
-        """All that kernels read, as it is now: somebody may load, move or share it at any time."""
-        found: list[Tensor | None] = []
-        for layer in self.linears:
-            packed = layer._packed
-            if isinstance(packed, LlvmWeight):
-                found += [packed.weight, packed.scale, packed.sums]
-            found += [layer._buffers["bias"], layer._row_sums]
-        for norm in self.all_norms:
-            found += tensors_of_norm(norm)
-        if isinstance(self.block, Mixture):  # Which of its experts are read is not known before.
-            found.append(self.block.router._parameters["weight"])
-        return found
+        """In the same order each time; none at all if a layer is laid out for another backend."""
+        packed = list(map(_PACKED, self._linears))
+        if any(kind is not LlvmWeight for kind in map(type, packed)):
+            return []
+        return [
+            *(tensor for part in _OF_WEIGHT for tensor in map(part, packed)),
+            *map(_GET, self._buffers, repeat("bias")),
+            *map(_ROW_SUMS, self._linears),
+            *(tensor for name in _NAMES for tensor in map(_GET, self._parameters, repeat(name))),
+        ]
+
+
+_PACKED, _ROW_SUMS = itemgetter("_packed"), itemgetter("_row_sums")
+_OF_WEIGHT = [attrgetter(name) for name in ("weight", "scale", "sums")]
+_NAMES = "weight", "bias"
+_GET: Any = dict.get
 
 
 def fits(parts: Parts, dtype: torch.dtype) -> bool:
@@ -134,7 +159,7 @@ def fits(parts: Parts, dtype: torch.dtype) -> bool:
     norms = [formula(module) for module in parts.all_norms]
     if any(norm is None or norm.centered for norm in norms):
         return False
-    tensors = [tensor for tensor in parts.tensors() if tensor is not None]
+    tensors = [tensor for tensor in Held(parts).tensors() if tensor is not None]
     of_norms = [t for norm in parts.all_norms for t in tensors_of_norm(norm) if t is not None]
     plain = all(tensor.is_contiguous() and tensor.is_cpu for tensor in tensors)
     if isinstance(parts.block, Mixture):

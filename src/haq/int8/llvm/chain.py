@@ -39,10 +39,10 @@ class Step:
         self.kernel, self._names = kernel, {name: at for at, name in enumerate(names)}
         self.places = array("q", told)
 
-    def tell(self, **told: int) -> None:
-        """Change what is at some places."""
-        for name, value in told.items():
-            self.places[self._names[name]] = value
+    def tell(self, first: str, *told: int) -> None:
+        """Change what is at some places, one after the other, from the first one on."""
+        at = self._names[first]
+        self.places[at : at + len(told)] = array("q", told)
 
     def address_of(self, name: str) -> int:
         """Of a place; 0 if there is none of this name."""
