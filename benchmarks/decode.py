@@ -57,7 +57,7 @@ CHECKED_LAYERS, CHECKED_TOKENS = 2, 16
 MODELING = "transformers.models"
 PARTS = [
     ("haq.int8.llvm.chain", "Chain.run", "kernels of the layers"),
-    ("haq.model.steps", "_by_kernels", "around them"),
+    ("haq.model.steps", "_FastLayer._fast", "around them"),
     ("haq.nn.experts", "Int8Experts.forward", "around them"),
     ("haq.nn.linear", "Int8Linear.forward", "around single products"),
     ("haq.int8.llvm.weight", "products", "single products"),

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from haq.int8.llvm import weight
+from haq.nn.held import tensors_of
 from haq.nn.linear import Int8Linear
 from haq.nn.rows import Activation, group_of
 
@@ -56,7 +57,7 @@ class ChosenExperts:
         gate = between.gate_step(torch.float32, *halves, gated.data_ptr(), count, inner, 2 * inner)
         self.steps = [self._products[0], gate, self._products[1], self._sum]
         self._chain = Chain(self.steps)
-        self._missing = [[tensor is None for tensor in _tensors(layer)] for layer in pair]
+        self._kinds = [_kinds_of(tensors_of([layer])) for layer in pair]
 
     def tell(self, pairs: Sequence[tuple[Int8Linear, Int8Linear]]) -> list[Any] | None:
         """Let the steps multiply with these experts, as long as what this gives is held.
@@ -65,13 +66,14 @@ class ChosenExperts:
             None, and nothing was done, if kernels do not know one of them: a layer may be laid out
             anew at any time.
         """
-        held = [[_tensors(pair[part]) for pair in pairs] for part in (0, 1)]
-        for tensors, missing in zip(held, self._missing, strict=True):
-            for each in tensors:
-                if [tensor is None for tensor in each] != missing or not _are_plain(each):
-                    return None
+        held = []
+        for layers, kinds in zip(zip(*pairs, strict=True), self._kinds, strict=True):
+            tensors = tensors_of(layers)
+            if _kinds_of(tensors) != kinds:
+                return None
+            held.append(tensors)
         for product, tensors in zip(self._products, held, strict=True):
-            weight.tell_weights(product, tensors)
+            weight.tell_weights(product, list(zip(*tensors, strict=True)))
         return held
 
     def run(
@@ -104,16 +106,13 @@ class ChosenExperts:
             self._lock.release()
 
 
-def _tensors(layer: Int8Linear) -> list[Tensor | None]:
-    """What kernels read of a layer, as `haq.int8.llvm.weight.parts_of`; nothing if they cannot."""
-    packed = layer._packed
-    if not isinstance(packed, weight.LlvmWeight):
-        return []
-    return [packed.weight, packed.scale, packed.sums, layer._buffers["bias"], layer._row_sums]
+def _kinds_of(tensors: list[list[Tensor | None]]) -> list[set[Any]]:
+    """The classes of tensors and whether they lie in order; an empty set where there are none."""
+    return [set(map(_kind, each)) for each in tensors]
 
 
-def _are_plain(tensors: list[Tensor | None]) -> bool:
-    return all(tensor is None or tensor.is_contiguous() for tensor in tensors)
+def _kind(tensor: Tensor | None) -> Any:
+    return None if tensor is None else (type(tensor), tensor.is_contiguous())
 
 
 def kind_of(pair: tuple[Int8Linear, Int8Linear], count: int, dtype: torch.dtype) -> tuple[Any, ...]:

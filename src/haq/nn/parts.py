@@ -1,8 +1,7 @@
 """What a decoder layer consists of, and whether there are kernels for all of it."""
 
 from dataclasses import dataclass
-from itertools import repeat
-from operator import attrgetter, itemgetter
+from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from haq.int8.llvm.weight import LlvmWeight
 from haq.nn.chosen import kind_of
 from haq.nn.experts import Int8Experts
+from haq.nn.held import tensors_of
 from haq.nn.linear import Int8Linear
 from haq.nn.norms import formula
 from haq.nn.rows import Activation
@@ -115,38 +115,27 @@ class Parts:
 
 
 class Held:
-    """All that kernels read of a layer's parts, looked up for each token.
+    """All tensors that kernels read of a layer's parts, looked up for each token.
 
-    Somebody may load, move or share it at any time. A loop in Python would take longer, and nothing
-    is held here that others let go.
+    None of them is held here: others may let them go.
 
     Args:
         parts: of the layer. Which experts of a mixture are read is not known before.
     """
 
     def __init__(self, parts: Parts) -> None:
-        self._linears = [vars(layer) for layer in parts.linears]
-        self._buffers = [layer._buffers for layer in parts.linears]
-        self._parameters = [norm._parameters for norm in parts.all_norms]
+        self._linears = parts.linears
+        self._parameters: list[Any] = [norm._parameters for norm in parts.all_norms]
         if isinstance(parts.block, Mixture):
             self._parameters.append(parts.block.router._parameters)
 
     def tensors(self) -> list[Tensor | None]:
-        """In the same order each time; none at all if a layer is laid out for another backend."""
-        packed = list(map(_PACKED, self._linears))
-        if any(kind is not LlvmWeight for kind in map(type, packed)):
-            return []
-        return [
-            *(tensor for part in _OF_WEIGHT for tensor in map(part, packed)),
-            *map(_GET, self._buffers, repeat("bias")),
-            *map(_ROW_SUMS, self._linears),
-            *(tensor for name in _NAMES for tensor in map(_GET, self._parameters, repeat(name))),
-        ]
+        """In the same order each time; less if a layer is laid out for another backend."""
+        found = tensors_of(self._linears)
+        found += (list(map(_GET, self._parameters, repeat(name))) for name in ("weight", "bias"))
+        return list(chain.from_iterable(found))
 
 
-_PACKED, _ROW_SUMS = itemgetter("_packed"), itemgetter("_row_sums")
-_OF_WEIGHT = [attrgetter(name) for name in ("weight", "scale", "sums")]
-_NAMES = "weight", "bias"
 _GET: Any = dict.get
 
 
