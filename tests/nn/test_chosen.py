@@ -144,6 +144,17 @@ def test_experts_without_a_gate(calls: list[Any]) -> None:
     assert not calls
 
 
+def test_a_weight_that_lies_otherwise_is_read_one_by_one(calls: list[Any]) -> None:
+    experts = build()
+    given = token(2)
+    expected = experts(*given)
+    for layer in experts.up:
+        packed: Any = layer._packed
+        packed.weight = packed.weight.t().contiguous().t()
+    torch.testing.assert_close(experts(*given), expected, rtol=2e-2, atol=2e-2)
+    assert [result is None for result in calls] == [False, True]
+
+
 def test_sees_weights_that_were_loaded(calls: list[Any]) -> None:
     experts = build()
     given = token(2)
