@@ -14,6 +14,9 @@ POINTER, VOID = ir.PointerType(), ir.VoidType()
 # Of the cache, in bytes.
 _LINE = 64
 
+# From so many bytes on, what is asked for is not to push what is worked with out of the first level.
+_FAR = 4096
+
 # Values and types of LLVM: llvmlite does not tell one from the other to a type checker.
 Value = Any
 Type = Any
@@ -207,12 +210,13 @@ def multiply_add(code: Code, a: Value, b: Value, c: Value) -> Value:
 def prefetch(code: Code, address: Value, length: int, distance: int) -> None:
     """Ask for as many bytes as are read from an address on, but so many bytes ahead of them."""
     for line in range(0, length if distance else 0, _LINE):
-        ask_for(code, code.address(address, number(distance + line), I8))
+        place = code.address(address, number(distance + line), I8)
+        ask_for(code, place, far=distance >= _FAR)
 
 
-def ask_for(code: Code, address: Value) -> None:
-    """Ask for a line of the cache, which is there later."""
-    hints = [number(hint, I32) for hint in (0, 3, 1)]  # To be read, often, data.
+def ask_for(code: Code, address: Value, far: bool = False) -> None:
+    """Ask for a line of the cache, which is there later; if that is far, in the second level."""
+    hints = [number(hint, I32) for hint in (0, 2 if far else 3, 1)]  # To be read, often, data.
     code.intrinsic("llvm.prefetch.p0", VOID, address, *hints)
 
 
