@@ -14,7 +14,7 @@ POINTER, VOID = ir.PointerType(), ir.VoidType()
 # Of the cache, in bytes.
 _LINE = 64
 
-# From so many bytes on, what is asked for is not to push what is worked with out of the first level.
+# What is asked for so far ahead is not to push out of the first level what is worked with.
 _FAR = 4096
 
 # Values and types of LLVM: llvmlite does not tell one from the other to a type checker.
