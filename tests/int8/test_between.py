@@ -140,14 +140,9 @@ def test_rotations_are_those_of_transformers(
         of_query.data_ptr(),
         (heads, groups, size, width, turned),
     )
-    step.tell(
-        cos=cos.data_ptr(),
-        sin=sin.data_ptr(),
-        turned_key=keys[:, :, 3].data_ptr(),
-        placed_value=values[:, :, 3].data_ptr(),
-        key_group=keys.stride(1),
-        value_group=values.stride(1),
-    )
+    step.tell("cos", cos.data_ptr(), sin.data_ptr())
+    places = keys[:, :, 3].data_ptr(), values[:, :, 3].data_ptr()
+    step.tell("turned_key", *places, keys.stride(1), values.stride(1))
     Chain([step]).run()
     rotated = apply_rotary_pos_emb(query[..., :turned], key[..., :turned], cos, sin)
     expected = [
@@ -194,10 +189,11 @@ def test_what_a_step_is_told_can_be_changed() -> None:
     a, b, out = (torch.full((3,), value) for value in (1.0, 2.0, 0.0))
     step = between.sum_step(torch.float32, a.data_ptr(), a.data_ptr(), out.data_ptr(), 3)
     chain = Chain([step])
-    step.tell(b=b.data_ptr())
+    step.tell("b", b.data_ptr())
     chain.run()
     assert out.tolist() == [3, 3, 3]
-    step.tell(a=b.data_ptr(), width=2)
+    step.tell("a", b.data_ptr())
+    step.tell("width", 2)
     chain.run()
     assert out.tolist() == [4, 4, 3]
     assert step.address_of("counter") == 0

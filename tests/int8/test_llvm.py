@@ -17,6 +17,7 @@ from torch import Tensor
 
 from haq.int8 import matmul
 from haq.int8.llvm import abreast, amx, compiler, halves, kernels, pieces, threads, tiles
+from haq.int8.llvm.between import gated
 from haq.int8.llvm.dots import Dots, FoursOfBytes, PairsOfWords, best_of
 from haq.int8.llvm.kernels import Kind
 from haq.int8.llvm.weight import LlvmWeight, Rows, products
@@ -131,6 +132,23 @@ def test_values_next_to_the_middle_of_two_steps(
         sums = row_sums(packed.unpack(), packed.scale) if asymmetric else None
         result = packed.linear(values, None, sums)
         assert_same_bits(result, expected(values, packed, None, asymmetric, torch.float32))
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("asymmetric", [False, True], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("shape", [(1, 64, 40), (5, 33, 40), (130, 128, 64)])
+def test_a_gate_is_rounded_as_if_it_had_been_there(
+    shape: tuple[int, int, int], asymmetric: bool, generator: torch.Generator
+) -> None:
+    count, columns, rows = shape
+    packed, bias = random_weight(rows, columns), torch.randn(rows, generator=generator)
+    sums = row_sums(packed.unpack(), packed.scale) if asymmetric else None
+    both = 4 * torch.randn(count, 2 * columns, generator=generator)
+    gate = gated(both)  # Compared with torch's in test_between.py.
+    groups = [Rows(packed, count, bias, sums)]
+    result = products(groups, both, torch.float32, gated=True)
+    assert_same_bits(result, expected(gate, packed, bias, asymmetric, torch.float32))
+    assert_same_bits(both[:, :columns], gate)
 
 
 @pytest.mark.usefixtures("way")

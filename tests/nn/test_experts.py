@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from haq.int8 import matmul
 from haq.nn import Int8Experts, Int8Linear
+from haq.nn import rows as ways
 from tests.model.test_experts import EXPERTS, FAMILIES, fused, routed
 
 HIDDEN, INNER = 33, 21
@@ -358,26 +359,25 @@ def test_repr_names_sizes_and_backend() -> None:
 def test_the_gate_is_a_kernel_where_it_is_one(
     given: Given, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from haq.int8.llvm import between
+    rows_of: dict[bool, int] = {False: 0, True: 0}
+    products = ways.products
 
-    rows: list[int] = []
-    gated = between.gated
+    def noted(groups: Any, tokens: Tensor, *options: Any, gated: bool = False) -> Tensor:
+        rows_of[gated] += len(tokens)
+        return products(groups, tokens, *options, gated=gated)
 
-    def noted(both: Tensor) -> Tensor:
-        rows.append(len(both))
-        return gated(both)
-
-    monkeypatch.setattr(between, "gated", noted)
+    monkeypatch.setattr(ways, "products", noted)
     experts = build()
     result = experts(*given)
-    assert sum(rows) == int((given[1] < EXPERTS).sum())
+    chosen = int((given[1] < EXPERTS).sum())
+    assert rows_of == {False: chosen, True: chosen}
     experts.activation = lambda x: silu_gate(x)[:, : INNER - 1].repeat(1, 2)[:, :INNER]
     other = experts(*given)  # Looked at anew, and another one.
     assert not torch.allclose(other, result)
     assert experts.activation_on(torch.device("cpu")) is experts.activation
     experts.activation = silu_gate
     assert experts.activation_on(torch.device("cuda")) is silu_gate
-    assert sum(rows) == int((given[1] < EXPERTS).sum())
+    assert rows_of == {False: 3 * chosen, True: chosen}
 
 
 # --- Gradients ------------------------------------------------------------------------------------

@@ -78,7 +78,7 @@ class LayerStep:
             Tensors ``[1, 1, K]``; None, and nothing was done, if another thread is in here, or if
             a tensor is not where it was: it may have been loaded, moved or shared.
         """
-        held = self.take()
+        held = self.take()  # They live until the kernels have read them.
         if held is None:
             return None
         try:

@@ -176,8 +176,13 @@ def _compiled_span(
     states: Tensor,
 ) -> Tensor:
     """Some experts, each on so many rows, in two calls: from ``[S, D]`` to float32 ``[S, D]``."""
+    from haq.int8.llvm.between import gated
+
     up, down = ([group_of(pair[part], count) for pair, count in experts] for part in (0, 1))
-    return products(down, activation(products(up, states, torch.float32)), torch.float32)
+    middle = products(up, states, torch.float32)
+    if activation is gated:  # It is what is rounded, a row at a time.
+        return products(down, middle, torch.float32, gated=True)
+    return products(down, activation(middle), torch.float32)
 
 
 def group_of(layer: Int8Linear, count: int = 1) -> Rows:

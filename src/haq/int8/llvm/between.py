@@ -14,7 +14,7 @@ from torch import Tensor
 from haq.int8.llvm import compiler, floats, threads
 from haq.int8.llvm.calls import Told
 from haq.int8.llvm.chain import Step
-from haq.int8.llvm.exponential import exponential
+from haq.int8.llvm.exponential import silu
 from haq.int8.llvm.weight import name_of
 from haq.int8.llvm.words import FLOAT, POINTER, Code, Type, Value, constant, number, parts, spread
 
@@ -86,6 +86,8 @@ def gate_step(
 
 def gated(both: Tensor) -> Tensor:
     """``silu(a) * b`` of the halves of rows, all at once.
+
+    What follows may do that, too: `haq.int8.llvm.weight.products`.
 
     Args:
         both: float32 ``[R, 2 I]``, contiguous.
@@ -165,7 +167,7 @@ def _gate(dtype: torch.dtype) -> Any:
         out = code.address(call["out"], code.mul(row, call["width"]), floats.STORED[kind])
         for lanes, start, stop in shares:
             with code.loop(start, stop, lanes) as index:
-                gate = _silu(code, floats.read(code, kind, a, index, lanes))
+                gate = silu(code, floats.read(code, kind, a, index, lanes))
                 gate = floats.rounded(code, kind, gate)
                 value = code.fmul(gate, floats.read(code, kind, b, index, lanes))
                 floats.write(code, kind, value, out, index)
@@ -266,12 +268,3 @@ def _own_share(code: Code, width: Value) -> list[tuple[int, Value, Value]]:
     stop = code.smaller(width, code.add(start, share))
     whole = code.add(start, code.and_(code.sub(stop, start), number(-_LANES)))
     return [(_LANES, start, whole), (1, whole, stop)]
-
-
-def _silu(code: Code, value: Value) -> Value:
-    """``x * sigmoid(x)``; of both signs, by the exponential of what is not positive."""
-    zero, one = (constant(value.type, number) for number in (0.0, 1.0))
-    negative = code.fcmp_ordered("<", value, zero)
-    small = exponential(code, code.select(negative, value, code.fneg(value)))
-    top = code.select(negative, small, one)
-    return code.fdiv(code.fmul(value, top), code.fadd(one, small))

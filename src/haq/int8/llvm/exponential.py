@@ -41,3 +41,12 @@ def exponential(code: Code, value: Value) -> Value:
     exponent = code.add(code.fptosi(power, integers), number(127, integers))
     scale = code.bitcast(code.shl(exponent, number(23, integers)), kind)
     return code.select(nothing, constant(kind, 0.0), code.fmul(result, scale))
+
+
+def silu(code: Code, value: Value) -> Value:
+    """``x * sigmoid(x)``; of both signs, by the exponential of what is not positive."""
+    zero, one = (constant(value.type, number) for number in (0.0, 1.0))
+    negative = code.fcmp_ordered("<", value, zero)
+    small = exponential(code, code.select(negative, value, code.fneg(value)))
+    top = code.select(negative, small, one)
+    return code.fdiv(code.fmul(value, top), code.fadd(one, small))

@@ -32,7 +32,6 @@ from haq.int8.llvm.words import (
     I64,
     POINTER,
     Code,
-    Type,
     Value,
     bytes_of,
     number,
@@ -53,6 +52,7 @@ class Kind:
         scaled: whether tokens get scales; else they are integers, and sums get the weight's only.
         asymmetric: whether tokens get zero points.
         biased: whether there is a bias.
+        gated: whether what is rounded is a gate of tokens that are twice as long.
     """
 
     source: str
@@ -60,18 +60,19 @@ class Kind:
     scaled: bool = True
     asymmetric: bool = False
     biased: bool = False
+    gated: bool = False
 
 
 def module_of(kind: Kind, dots: Dots) -> ir.Module:
     """LLVM's text of a product: the function ``run(call)``, to be called by every thread."""
     module = ir.Module()
-    rounds = Rounding(kind.source, kind.scaled, kind.asymmetric)
+    rounds = Rounding(kind.source, kind.scaled, kind.asymmetric, kind.gated)
     round_token = rounding.define(module, rounds, dots, lanes=dots.sums)
     ending = Ending(kind.target, kind.scaled, kind.asymmetric, kind.biased)
     by_row = tiles.define(module, "by_row", tiles.narrow(dots), ending, dots)
     item = _define_item(module, by_row, _define_many(module, ending, dots))
     lay_out = layout.define(module, dots)
-    _define_run(module, round_token, lay_out, item, dots, floats.STORED[kind.source])
+    _define_run(module, round_token, lay_out, item, dots, rounds)
     return module
 
 
@@ -133,12 +134,12 @@ def _define_run(
     lay_out: Value,
     item: Value,
     dots: Dots,
-    source: Type,
+    rounds: Rounding,
 ) -> None:
     code = Code(module, "run", [POINTER], internal=False)
     (base,) = code.parameters
     call = Told(code, base, CALL)
-    _round_all(code, call, round_token, dots, source)
+    _round_all(code, call, round_token, dots, rounds)
     _lay_out_all(code, call, lay_out, dots)
     if dots.matrices:
         amx.configure(code, dots)
@@ -154,14 +155,16 @@ def _define_run(
     code.ret_void()
 
 
-def _round_all(code: Code, call: Told, round_token: Value, dots: Dots, source: Type) -> None:
+def _round_all(code: Code, call: Told, round_token: Value, dots: Dots, rounds: Rounding) -> None:
     """Every thread rounds some tokens."""
+    source, long = floats.STORED[rounds.source], number(2 if rounds.gated else 1)
     first, step = threads.number_and_count(code)
     tokens, integers, scales, shifts = (
         call[name] for name in ("tokens", "integers", "scales", "shifts")
     )
     with code.loop(first, call["count"], step) as token:
-        values = code.address(tokens, code.mul(token, call["width"]), source)
+        place = code.mul(token, code.mul(call["width"], long))
+        values = code.address(tokens, place, source)
         places = code.address(integers, code.mul(token, call["stride"]), dots.token)
         of_token = [code.address(part, token, FLOAT) for part in (scales, shifts)]
         code.call(round_token, [values, call["width"], places, *of_token])

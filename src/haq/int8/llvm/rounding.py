@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from haq.int8 import grid
 from haq.int8.llvm import floats
 from haq.int8.llvm.dots import Dots
+from haq.int8.llvm.exponential import silu
 from haq.int8.llvm.words import (
     FLOAT,
     I32,
@@ -35,11 +36,14 @@ class Rounding:
         source: the type of the tokens, a name of torch's.
         scaled: whether each token gets a scale; else they are integers already.
         asymmetric: whether each token gets a zero point.
+        gated: whether a token is twice as long, and it is ``silu(a) * b`` of its halves that is
+            rounded. That is written to the first one.
     """
 
     source: str
     scaled: bool
     asymmetric: bool
+    gated: bool = False
 
 
 def define(module: object, rounding: Rounding, dots: Dots, lanes: int) -> Value:
@@ -53,6 +57,8 @@ def define(module: object, rounding: Rounding, dots: Dots, lanes: int) -> Value:
     """
     code = Code(module, "round_token", [POINTER, I64, POINTER, POINTER, POINTER])
     values, length, integers, scale, shift = code.parameters
+    if rounding.gated:
+        _gate(code, rounding.source, values, length, lanes)
     writer = _Writer(code, rounding, dots, lanes, values, length, integers)
     if not rounding.scaled:
         writer.write(None, None)
@@ -66,6 +72,14 @@ def define(module: object, rounding: Rounding, dots: Dots, lanes: int) -> Value:
         writer.write(size, None)
     code.ret_void()
     return code.function
+
+
+def _gate(code: Code, source: str, values: Value, length: Value, lanes: int) -> None:
+    for size, start, stop in parts(code, length, lanes):
+        with code.loop(start, stop, size) as index:
+            a = floats.read(code, source, values, index, size)
+            b = floats.read(code, source, values, code.add(index, length), size)
+            floats.write(code, source, code.fmul(silu(code, a), b), values, index)
 
 
 def _with_zero_point(

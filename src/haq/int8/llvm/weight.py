@@ -105,6 +105,7 @@ def products(
     dtype: torch.dtype,
     *,
     scaled: bool = True,
+    gated: bool = False,
 ) -> Tensor:
     """Tokens, each multiplied with its weight.
 
@@ -117,6 +118,8 @@ def products(
         dtype: of the result.
         scaled: whether tokens are rounded, each with a scale of its own. Else they are integers,
             and the sums are multiplied by the weights' scales only.
+        gated: whether tokens are ``[..., 2 K]``, and it is ``silu(a) * b`` of their halves that is
+            multiplied. That is written to the first half, if they lie one after the other.
 
     Returns:
         ``[..., N]``.
@@ -135,7 +138,7 @@ def products(
         tokens = tokens.float()
     tokens = tokens.contiguous()
     target = dtype if dtype in TYPES else torch.float32
-    kind = kind_of(groups, tokens.dtype, target, scaled)
+    kind = kind_of(groups, tokens.dtype, target, scaled, gated)
     out = tokens.new_empty((*tokens.shape[:-1], len(groups[0].weight.weight)), dtype=target)
     memory = tokens.new_empty(room(groups), dtype=torch.uint8)
     held = [parts_of(group) for group in groups]  # Copies live until the kernel has read them.
@@ -145,11 +148,15 @@ def products(
 
 
 def kind_of(
-    groups: Sequence[Rows], source: torch.dtype, target: torch.dtype, scaled: bool = True
+    groups: Sequence[Rows],
+    source: torch.dtype,
+    target: torch.dtype,
+    scaled: bool = True,
+    gated: bool = False,
 ) -> tuple[Any, ...]:
     """The options of `module_of`."""
     _, _, bias, row_sums = groups[0]
-    return source, target, scaled, row_sums is not None, bias is not None
+    return source, target, scaled, row_sums is not None, bias is not None, gated
 
 
 def parts_of(group: Rows) -> list[Tensor | None]:
@@ -236,7 +243,7 @@ def _layout(groups: Sequence[Rows]) -> "Layout":
 
 def module_of(source: torch.dtype, target: torch.dtype, *options: bool) -> Any:
     """What has the kernel of such products: types of tokens and outputs, and whether there are
-    scales, zero points and biases."""
+    scales, zero points, biases and a gate."""
     from haq.int8.llvm import compiler, kernels
 
     kind = kernels.Kind(name_of(source), name_of(target), *options)
