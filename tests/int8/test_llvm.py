@@ -136,14 +136,15 @@ def test_values_next_to_the_middle_of_two_steps(
 
 @pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("asymmetric", [False, True], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 64, 40), (5, 33, 40), (130, 128, 64)])
 def test_a_gate_is_rounded_as_if_it_had_been_there(
-    shape: tuple[int, int, int], asymmetric: bool, generator: torch.Generator
+    shape: tuple[int, int, int], dtype: torch.dtype, asymmetric: bool, generator: torch.Generator
 ) -> None:
     count, columns, rows = shape
     packed, bias = random_weight(rows, columns), torch.randn(rows, generator=generator)
     sums = row_sums(packed.unpack(), packed.scale) if asymmetric else None
-    both = 4 * torch.randn(count, 2 * columns, generator=generator)
+    both = (4 * torch.randn(count, 2 * columns, generator=generator)).to(dtype)
     gate = gated(both)  # Compared with torch's in test_between.py.
     groups = [Rows(packed, count, bias, sums)]
     result = products(groups, both, torch.float32, gated=True)

@@ -148,7 +148,7 @@ def run(
         for before, each, given, result in zip(line, line[1:], results, results[1:], strict=False)
     ]
     if rest:
-        given = [value for value in kwargs.values() if value is not cache]
+        given = _but_the_cache(kwargs)
         turned = [(part, _state_of(part)) for part in rotation]
         _ahead[cache] = _Ahead(list(kwargs), given, turned, _mode(), rest[::-1])
     return results[0]

@@ -3,7 +3,7 @@
 Names say what a layer may be (`haq.model.anatomy`); what it is says its computation, which is
 compared before a layer is trusted (`haq.model.trials`). Everything that is not one new token behind
 others goes the layer's own way: prompts, batches, masks, gradients, hooks, compiled code, other
-implementations of attention.
+implementations of attention. Layers that follow are computed in the same call (`haq.model.ahead`).
 """
 
 from collections.abc import Mapping

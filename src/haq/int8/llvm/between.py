@@ -14,7 +14,7 @@ from torch import Tensor
 from haq.int8.llvm import compiler, floats, threads
 from haq.int8.llvm.calls import Told
 from haq.int8.llvm.chain import Step
-from haq.int8.llvm.exponential import silu
+from haq.int8.llvm.rounding import gate
 from haq.int8.llvm.weight import name_of
 from haq.int8.llvm.words import FLOAT, POINTER, Code, Type, Value, constant, number, parts, spread
 
@@ -167,10 +167,8 @@ def _gate(dtype: torch.dtype) -> Any:
         out = code.address(call["out"], code.mul(row, call["width"]), floats.STORED[kind])
         for lanes, start, stop in shares:
             with code.loop(start, stop, lanes) as index:
-                gate = silu(code, floats.read(code, kind, a, index, lanes))
-                gate = floats.rounded(code, kind, gate)
-                value = code.fmul(gate, floats.read(code, kind, b, index, lanes))
-                floats.write(code, kind, value, out, index)
+                halves = (floats.read(code, kind, half, index, lanes) for half in (a, b))
+                floats.write(code, kind, gate(code, kind, *halves), out, index)
     code.ret_void()
     return code.module
 

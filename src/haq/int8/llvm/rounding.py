@@ -79,7 +79,12 @@ def _gate(code: Code, source: str, values: Value, length: Value, lanes: int) -> 
         with code.loop(start, stop, size) as index:
             a = floats.read(code, source, values, index, size)
             b = floats.read(code, source, values, code.add(index, length), size)
-            floats.write(code, source, code.fmul(silu(code, a), b), values, index)
+            floats.write(code, source, gate(code, source, a, b), values, index)
+
+
+def gate(code: Code, kind: str, a: Value, b: Value) -> Value:
+    """``silu(a) * b`` of float32, the first factor rounded to a type of torch's, as torch does."""
+    return code.fmul(floats.rounded(code, kind, silu(code, a)), b)
 
 
 def _with_zero_point(
